@@ -1,0 +1,1 @@
+"""One hospital's side: cohort, local training, policy. The only place that sees patient data."""

@@ -1,0 +1,1 @@
+"""The CLIP model: towers, tokenizer, preprocessing, objectives, import and export."""

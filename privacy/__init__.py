@@ -1,0 +1,1 @@
+"""Clipping, noise, budgets and the ledger: mathematics and its book-keeping."""

@@ -1,0 +1,1 @@
+"""What is in a message, and how replies are combined."""

@@ -1,0 +1,1 @@
+"""What a CLIP model is for: zero-shot classification and retrieval."""
