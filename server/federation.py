@@ -1,0 +1,233 @@
+"""The consortium's file, `federation.toml`: which model, which objective, which privacy, how many rounds."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from strategies.messages import Part, TrainingPlan
+from strategies.settings import Settings
+
+
+class ModelSettings(Settings):
+    """The model everyone trains.
+
+    Attributes:
+        encoder: ``tiny``, ``vit-b-16``, or a local Hugging Face folder with a CLIP model.
+        image_size: Pixels of the square model input; ignored for a folder, which knows its own.
+        max_tokens: Longest text; ignored for a folder.
+        seed: Initial weights.
+    """
+
+    encoder: str = "tiny"
+    image_size: int = Field(default=64, ge=16, le=1024)
+    max_tokens: int = Field(default=64, ge=8, le=512)
+    seed: int = Field(default=0, ge=0)
+
+
+class PublicData(Settings):
+    """Image-text pairs that are public: a DICOM folder with a reports CSV, or an image table."""
+
+    dicom: Path | None = None
+    reports: Path | None = None
+    labels: Path | None = None
+    table: Path | None = None
+    where: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.table is None) == (self.dicom is None):
+            raise ValueError("name one source: table, or dicom with reports")
+        if (self.dicom is None) != (self.reports is None):
+            raise ValueError("dicom and reports belong together")
+        return self
+
+
+class PublicStart(PublicData):
+    """What the coordinator trains on public data before the first round, without a budget."""
+
+    epochs: int = Field(default=10, ge=1)
+    batch: int = Field(default=64, ge=2)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class Share(Settings):
+    """What is trained at the sites and travels."""
+
+    part: Part = "heads"
+    lora_rank: int = Field(default=4, ge=1)
+
+
+class Objective(Settings):
+    """The loss: ``anchored`` (decomposes over patients, so it may claim an epsilon) or ``infonce``."""
+
+    name: Literal["anchored", "infonce"] = "anchored"
+    inverse_temperature: float = Field(default=14.3, gt=0, le=100)
+    anchors: int = Field(default=256, ge=1)
+
+
+class Privacy(Settings):
+    """What is asked of every site; a site's own policy can only be stricter.
+
+    Attributes:
+        mode: ``dp`` or ``none``; ``none`` has no formal guarantee and says so everywhere.
+        epsilon: For the whole run, per patient, add/remove one patient.
+        max_grad_norm: Clipping bound of one patient's gradient.
+    """
+
+    mode: Literal["dp", "none"] = "dp"
+    epsilon: float | None = Field(default=None, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _epsilon_belongs_to_dp(self) -> Self:
+        if (self.mode == "dp") != (self.epsilon is not None):
+            raise ValueError('mode "dp" needs epsilon; mode "none" has none and makes no claim')
+        return self
+
+
+class Training(Settings):
+    """Local training: ``steps`` optimizer steps a round on ``batch`` expected patients each."""
+
+    rounds: int = Field(default=10, ge=1)
+    steps: int = Field(default=20, ge=1)
+    batch: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    studies_per_patient: int = Field(default=2, ge=1)
+    augment: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
+class Strategy(Settings):
+    """How replies are combined, and with how few a round still counts.
+
+    Attributes:
+        min_sites: A round with fewer releases stops the run (which can be resumed).
+        deadline_seconds: Longest wait for a round's replies.
+        weighting: By declared patients, or every site alike.
+    """
+
+    name: Literal["fedavg"] = "fedavg"
+    weighting: Literal["declared", "equal"] = "declared"
+    min_sites: int = Field(default=2, ge=1)
+    deadline_seconds: float = Field(default=3600.0, gt=0)
+
+
+class Evaluation(Settings):
+    """When the global model is evaluated, and on which data of the coordinator's.
+
+    Attributes:
+        every: Rounds between evaluations; the start and the last round are always evaluated.
+        data: Public data for a deployed coordinator. A simulation evaluates on the held-out patients of all its sites.
+    """
+
+    every: int = Field(default=1, ge=1)
+    data: PublicData | None = None
+
+
+class SimulationPolicy(Settings):
+    """Policy of the sites that a simulation cuts out of one image table."""
+
+    require_dp: bool = True
+    epsilon_max: float = Field(default=8.0, gt=0)
+    min_patients: int = Field(default=20, ge=2)
+
+
+class Simulation(Settings):
+    """Where a simulation's sites are: a folder of site folders, or one table cut by a column.
+
+    Attributes:
+        sites: Folder whose sub-folders hold a ``site.toml`` each.
+        table: Image table (CSV).
+        by: Column of the table that names the site of a row.
+        image_size: Pixels the sites pack images at, for a table.
+        policy: Policy of the sites cut from a table.
+    """
+
+    sites: Path | None = None
+    table: Path | None = None
+    by: str = "fl_client"
+    image_size: int = Field(default=128, ge=16)
+    policy: SimulationPolicy = SimulationPolicy()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.table is None) == (self.sites is None):
+            raise ValueError("name one of: sites, table")
+        return self
+
+
+class Federation(Settings):
+    """The whole file. Relative paths are relative to the file's folder."""
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    model: ModelSettings = ModelSettings()
+    public_start: PublicStart | None = None
+    share: Share = Share()
+    objective: Objective = Objective()
+    privacy: Privacy
+    training: Training = Training()
+    strategy: Strategy = Strategy()
+    evaluation: Evaluation = Evaluation()
+    simulation: Simulation | None = None
+
+    @model_validator(mode="after")
+    def _claims_are_sound(self) -> Self:
+        if self.privacy.mode == "dp" and self.objective.name == "infonce":
+            raise ValueError(
+                "objective.name 'infonce' couples the patients of a batch, so no epsilon can be claimed for it; "
+                "use objective.name = 'anchored', or privacy.mode = 'none' and no claim"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file; every path in it becomes absolute.
+
+        Raises:
+            SettingsError: naming the file, the key and what is expected there.
+        """
+        read = super().load(path)
+        return read._anchored_at(path.resolve().parent)
+
+    def _anchored_at(self, folder: Path) -> Self:
+        changes: dict[str, Settings] = {}
+        for name in ("public_start", "simulation"):
+            table: Settings | None = getattr(self, name)
+            if table is not None:
+                changes[name] = _absolute(table, folder)
+        if self.evaluation.data is not None:
+            data = _absolute(self.evaluation.data, folder)
+            changes["evaluation"] = self.evaluation.model_copy(update={"data": data})
+        local = folder / self.model.encoder
+        if local.is_dir():
+            changes["model"] = self.model.model_copy(update={"encoder": str(local)})
+        return self.model_copy(update=changes)
+
+    def plan(self) -> TrainingPlan:
+        """What every site is asked to do in every round."""
+        return TrainingPlan(
+            part=self.share.part,
+            lora_rank=self.share.lora_rank,
+            objective=self.objective.name,
+            inverse_temperature=self.objective.inverse_temperature,
+            anchors=self.objective.anchors,
+            privacy=self.privacy.mode,
+            epsilon=self.privacy.epsilon,
+            max_grad_norm=self.privacy.max_grad_norm,
+            rounds=self.training.rounds,
+            steps=self.training.steps,
+            batch=self.training.batch,
+            learning_rate=self.training.learning_rate,
+            weight_decay=self.training.weight_decay,
+            studies_per_patient=self.training.studies_per_patient,
+            augment=self.training.augment,
+            seed=self.training.seed,
+        )
+
+
+def _absolute(table: Settings, folder: Path) -> Settings:
+    paths = {name: folder / value for name, value in table if isinstance(value, Path)}
+    return table.model_copy(update=paths)

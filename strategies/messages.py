@@ -1,0 +1,368 @@
+"""What coordinator and site say to each other: record names, dtypes, encode and decode.
+
+Everything that crosses the hospital's wall is a field of a class in this file. Nothing computed from
+patients and not yet clipped and noised (its name would start with ``raw_``) has a field here.
+
+Three exchanges, all started by the coordinator:
+
+==========  =========================  ====================================
+action      request                    reply
+==========  =========================  ====================================
+hello       `Hello`                    `SiteFacts` or `Refusal`
+install     `PublicBundle`             `Installed` or `Refusal`
+train       `TrainRequest`             `Release` or `Refusal`
+==========  =========================  ====================================
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MESSAGE_VERSION = 1
+HELLO = "query.hello"
+INSTALL = "query.install"
+TRAIN = "train"
+
+Arrays = dict[str, NDArray[Any]]
+Part = Literal["full", "lora", "heads"]
+T = TypeVar("T")
+WIRE_DTYPES = ("float32", "int64", "uint8")
+
+
+class MessageError(ValueError):
+    """A message does not follow this file; the text names the field, never its content."""
+
+
+class RefusalCode(StrEnum):
+    """Why a site did not do what it was asked: the closed list of all it ever says about a failure."""
+
+    BUDGET = "budget"
+    POLICY = "policy"
+    COHORT = "cohort"
+    MODEL = "model"
+    MESSAGE = "message"
+    DEADLINE = "deadline"
+    FAILED = "failed"
+
+
+class Facts(BaseModel):
+    """Base of the JSON part of a message: public values only, frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainingPlan(Facts):
+    """What the coordinator asks every site to do in every round of a run; all of it is public.
+
+    Attributes:
+        part: What is trained and travels: all weights, LoRA factors, or the two projection heads.
+        objective: ``anchored`` decomposes over patients; ``infonce`` does not and never claims an epsilon.
+        privacy: ``dp`` or ``none``.
+        epsilon: Asked for the whole run, per patient, add/remove; null without DP.
+        rounds: Rounds of the whole run, so that the site can plan its noise for all of them.
+        steps: Optimizer steps per round.
+        batch: Expected patients per step (a public number; sample rate = batch / declared patients).
+        max_grad_norm: Clipping bound C of one patient's gradient.
+        studies_per_patient: At most so many pairs of a sampled patient are averaged into its gradient.
+        inverse_temperature: Fixed logit scale s = 1 / temperature.
+        anchors: How many public anchors each side of the anchored loss uses.
+        seed: Seeds augmentation and, without DP, sampling. Never the noise.
+    """
+
+    part: Part
+    objective: Literal["anchored", "infonce"]
+    privacy: Literal["dp", "none"]
+    epsilon: float | None = Field(default=None, gt=0)
+    rounds: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    studies_per_patient: int = Field(ge=1)
+    inverse_temperature: float = Field(gt=0)
+    anchors: int = Field(ge=1)
+    augment: bool
+    lora_rank: int = Field(ge=1)
+    seed: int = Field(ge=0)
+
+
+class Hello(Facts):
+    """Who are you, and do you hold the public bundle of this digest?"""
+
+    run: str
+    bundle: str
+
+
+class SiteFacts(Facts):
+    """What a site says about itself: its name and its declared size, both public constants."""
+
+    site: str
+    patients_declared: int = Field(ge=1)
+    has_bundle: bool
+
+
+class Installed(Facts):
+    """The site stored the public bundle."""
+
+    site: str
+    bundle: str
+
+
+class Refusal(Facts):
+    """The site will not or could not: a code of the closed list and the number of its local log entry."""
+
+    site: str
+    code: RefusalCode
+    incident: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicBundle:
+    """All public things training needs: the model to start from and the anchors.
+
+    Attributes:
+        model: JSON-ready description of the encoder (architecture, tokenizer, preprocessing).
+        weights: Weights by name, float32 (int64 for index buffers).
+        anchor_texts: K public sentences.
+        anchor_images: K public images, uint8, shape (K, H, W).
+    """
+
+    model: Mapping[str, Any]
+    weights: Arrays
+    anchor_texts: tuple[str, ...]
+    anchor_images: NDArray[np.uint8]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content, the same on every machine."""
+        texts = json.dumps([self.model, self.anchor_texts], sort_keys=True)
+        arrays = {**self.weights, "\0anchor-images": self.anchor_images}
+        return hashlib.sha256((texts + digest_of(arrays)).encode()).hexdigest()
+
+
+class _TrainFacts(Facts):
+    run: str
+    server_round: int = Field(ge=1)
+    bundle: str
+    plan: TrainingPlan
+    deadline_unix_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """Train ``arrays`` by ``plan``.
+
+    Attributes:
+        arrays: The trainable weights of the global model, float32.
+        deadline_unix_seconds: A reply later than this is not used; null: no deadline.
+    """
+
+    run: str
+    server_round: int
+    bundle: str
+    plan: TrainingPlan
+    arrays: Arrays
+    deadline_unix_seconds: float | None = None
+
+    @property
+    def digest(self) -> str:
+        """Identity of the request; the deadline is no part of it, so asking again is the same request."""
+        facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json")]
+        return hashlib.sha256(
+            (json.dumps(facts, sort_keys=True) + digest_of(self.arrays)).encode()
+        ).hexdigest()
+
+
+class ReleaseFacts(Facts):
+    """The public half of a release: settings of the mechanism and what the ledger says, no measurement.
+
+    Attributes:
+        patients_declared: The weight of this site in the average.
+        seconds: Duration, rounded up to 10 s under DP (true batch sizes show in exact times).
+        epsilon: Spent so far by the site's cohort, all runs; null without DP.
+        epsilon_max: The cohort's budget; null without DP.
+        noise_multiplier: Noise standard deviation over sensitivity; null without DP.
+        ledger_head: Hash of the ledger's last row; null without DP.
+        insecure_seed: The noise came from a fixed seed: a test, no guarantee.
+        replayed: The same request was answered before; these are the same bytes, at no cost.
+    """
+
+    site: str
+    server_round: int
+    patients_declared: int
+    steps: int
+    seconds: float
+    epsilon: float | None
+    epsilon_max: float | None
+    delta: float | None
+    noise_multiplier: float | None
+    sample_rate: float | None
+    max_grad_norm: float | None
+    ledger_head: str | None
+    insecure_seed: bool
+    replayed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What left the site: the difference to the requested arrays, same names and shapes, float32."""
+
+    facts: ReleaseFacts
+    update: Arrays
+
+
+def encode(
+    message: Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release,
+) -> RecordDict:
+    """The message as Flower records: one ``facts`` record and, where there are arrays, ``arrays``."""
+    if isinstance(message, Facts):
+        return _records(type(message).__name__, message.model_dump(mode="json"), {})
+    if isinstance(message, PublicBundle):
+        facts = {"model": dict(message.model), "anchor_texts": list(message.anchor_texts)}
+        weights = {f"weights/{name}": value for name, value in message.weights.items()}
+        return _records("PublicBundle", facts, {**weights, "anchor_images": message.anchor_images})
+    if isinstance(message, TrainRequest):
+        request = _TrainFacts(
+            run=message.run,
+            server_round=message.server_round,
+            bundle=message.bundle,
+            plan=message.plan,
+            deadline_unix_seconds=message.deadline_unix_seconds,
+        )
+        return _records("TrainRequest", request.model_dump(mode="json"), message.arrays)
+    return _records("Release", message.facts.model_dump(mode="json"), message.update)
+
+
+def decode(
+    content: RecordDict,
+) -> Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release:
+    """The message in ``content``.
+
+    Raises:
+        MessageError: another version, an unknown kind, a missing or unknown field, a foreign dtype.
+    """
+    try:
+        record = content["facts"]
+        version, kind, facts = record["version"], str(record["kind"]), json.loads(str(record["json"]))
+    except (KeyError, TypeError, ValueError):
+        raise MessageError("a message needs a 'facts' record with version, kind and json") from None
+    if version != MESSAGE_VERSION:
+        raise MessageError(
+            f"expected message version {MESSAGE_VERSION}, got {version!r}: update the older side"
+        )
+    arrays = _arrays(content)
+    try:
+        return _build(kind, facts, arrays)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
+        raise MessageError(f"{kind}: wrong fields: {fields}") from None
+    except (KeyError, TypeError) as error:
+        raise MessageError(f"{kind}: missing part {error}") from None
+
+
+def _build(
+    kind: str, facts: dict[str, Any], arrays: Arrays
+) -> Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release:
+    plain: dict[str, type[Hello] | type[SiteFacts] | type[Installed] | type[Refusal]] = {
+        "Hello": Hello, "SiteFacts": SiteFacts, "Installed": Installed, "Refusal": Refusal,
+    }  # fmt: skip
+    if kind in plain:
+        return plain[kind].model_validate(facts)
+    if kind == "PublicBundle":
+        images = arrays.pop("anchor_images")
+        weights = {name.removeprefix("weights/"): value for name, value in arrays.items()}
+        return PublicBundle(
+            model=facts["model"],
+            weights=weights,
+            anchor_texts=tuple(facts["anchor_texts"]),
+            anchor_images=images,
+        )
+    if kind == "TrainRequest":
+        request = _TrainFacts.model_validate(facts)
+        return TrainRequest(
+            run=request.run,
+            server_round=request.server_round,
+            bundle=request.bundle,
+            plan=request.plan,
+            arrays=arrays,
+            deadline_unix_seconds=request.deadline_unix_seconds,
+        )
+    if kind == "Release":
+        return Release(facts=ReleaseFacts.model_validate(facts), update=arrays)
+    raise MessageError(f"unknown kind of message {kind[:40]!r}")
+
+
+def check_update(update: Mapping[str, NDArray[Any]], like: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse an update whose names, shapes or dtypes differ from ``like``, or that is not finite.
+
+    Raises:
+        MessageError: naming the array and the rule.
+    """
+    if set(update) != set(like):
+        odd = sorted(set(update) ^ set(like))
+        raise MessageError(f"update and model differ in {len(odd)} names, first {odd[0]!r}")
+    for name, value in update.items():
+        if value.shape != like[name].shape or value.dtype != like[name].dtype:
+            raise MessageError(
+                f"array {name!r}: expected {like[name].dtype}{like[name].shape}, got {value.dtype}{value.shape}"
+            )
+        if not np.isfinite(value).all():
+            raise MessageError(f"array {name!r} is not finite")
+
+
+def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, independent of order."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        total.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
+        total.update(value.tobytes())
+    return total.hexdigest()
+
+
+def bytes_of(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Payload of the arrays in bytes, without the envelope."""
+    return sum(value.nbytes for value in arrays.values())
+
+
+def _records(kind: str, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> RecordDict:
+    text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    records = RecordDict({"facts": ConfigRecord({"version": MESSAGE_VERSION, "kind": kind, "json": text})})
+    if arrays:
+        records["arrays"] = ArrayRecord(
+            {name: Array(np.ascontiguousarray(value)) for name, value in arrays.items()}
+        )
+    return records
+
+
+def _arrays(content: RecordDict) -> Arrays:
+    if "arrays" not in content:
+        return {}
+    arrays: Arrays = {}
+    for name, value in content.array_records["arrays"].items():
+        if value.dtype not in WIRE_DTYPES:
+            raise MessageError(
+                f"array {name!r}: dtype {value.dtype} does not travel; use one of {WIRE_DTYPES}"
+            )
+        arrays[name] = value.numpy()
+    return arrays
+
+
+def require(message: object, expected: type[T]) -> T:
+    """``message`` if it is what was expected.
+
+    Raises:
+        MessageError: it is another kind of message.
+    """
+    if not isinstance(message, expected):
+        raise MessageError(f"expected {expected.__name__}, got {type(message).__name__}")
+    return message
