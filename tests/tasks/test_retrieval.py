@@ -83,10 +83,12 @@ def test_a_collapsed_model_is_never_above_chance(texts: list[str], k: int) -> No
 
 def test_a_model_collapsed_up_to_float32_rounding_has_recall_zero() -> None:
     rng = np.random.default_rng(1)
-    same = np.repeat(unit_rows(rng, 1, width=64), 777, axis=0)
-    nearly = same + rng.uniform(-1e-8, 1e-8, same.shape).astype(np.float32)
+    images, text_rows = (
+        np.repeat(row[None], 777, axis=0) + rng.uniform(-1e-7, 1e-7, (777, 64)).astype(np.float32)
+        for row in unit_rows(rng, 2, width=64)
+    )
 
-    found = retrieval(nearly, nearly, [f"report {i}" for i in range(777)])
+    found = retrieval(images, text_rows, [f"report {i}" for i in range(777)])
 
     assert set(found.image_to_text.recall.values()) == {0.0}
     assert set(found.text_to_image.recall.values()) == {0.0}
