@@ -1,0 +1,32 @@
+"""A site's cohort: image-text pairs read from where a hospital keeps them, packed once."""
+
+from client.cohort.build import PIPELINE, build_cohort
+from client.cohort.errors import (
+    CohortError,
+    CohortSettingsError,
+    ColumnMissingError,
+    EmptyCohortError,
+    SourceMissingError,
+    StoredCohortError,
+    TableUnreadableError,
+)
+from client.cohort.outcomes import Code, State
+from client.cohort.settings import CohortSettings
+from client.cohort.store import Cohort, open_cohort
+
+__all__ = [
+    "PIPELINE",
+    "Code",
+    "Cohort",
+    "CohortError",
+    "CohortSettings",
+    "CohortSettingsError",
+    "ColumnMissingError",
+    "EmptyCohortError",
+    "SourceMissingError",
+    "State",
+    "StoredCohortError",
+    "TableUnreadableError",
+    "build_cohort",
+    "open_cohort",
+]

@@ -1,0 +1,193 @@
+"""A folder of DICOM files, as exported from a PACS: any names, any depth, anything in between."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydicom import Dataset
+from pydicom.uid import (
+    UID,
+    BreastProjectionXRayImageStorageForPresentation,
+    ComputedRadiographyImageStorage,
+    DigitalIntraOralXRayImageStorageForPresentation,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForPresentation,
+    SecondaryCaptureImageStorage,
+    UltrasoundImageStorage,
+    XRayAngiographicImageStorage,
+    XRayRadiofluoroscopicImageStorage,
+)
+
+from client.cohort import display
+from client.cohort.dicom_file import check_decodable, frame_count, quietly, read_dataset
+from client.cohort.errors import SourceMissingError
+from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
+from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
+
+PROJECTIONS = frozenset(
+    {
+        ComputedRadiographyImageStorage,
+        DigitalXRayImageStorageForPresentation,
+        DigitalMammographyXRayImageStorageForPresentation,
+        BreastProjectionXRayImageStorageForPresentation,
+        DigitalIntraOralXRayImageStorageForPresentation,
+    }
+)
+# These carry a patient's name in their pixels as a habit, and say so rarely: absent is not "NO".
+OFTEN_BURNED_IN = frozenset(
+    {
+        SecondaryCaptureImageStorage,
+        UltrasoundImageStorage,
+        XRayAngiographicImageStorage,
+        XRayRadiofluoroscopicImageStorage,
+    }
+)
+# Terms of PS3.3 C.8.1.1.1 (CR) but for AP, PA and the decubitus views, and spellings found in archives.
+NOT_FRONTAL = frozenset({"LL", "RL", "LLO", "RLO", "LAO", "RAO", "LPO", "RPO", "LAT", "LATERAL", "OBLIQUE"})
+
+_REQUIRED = (
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "PhotometricInterpretation",
+)
+_PIXEL_KEYWORDS = (
+    *_REQUIRED[2:],
+    "HighBit",
+    "NumberOfFrames",
+    "PixelRepresentation",
+    "PlanarConfiguration",
+    "SamplesPerPixel",
+    "RedPaletteColorLookupTableDescriptor",
+    "GreenPaletteColorLookupTableDescriptor",
+    "BluePaletteColorLookupTableDescriptor",
+    "RedPaletteColorLookupTableData",
+    "GreenPaletteColorLookupTableData",
+    "BluePaletteColorLookupTableData",
+    *display.KEYWORDS,
+)
+_HEADER_KEYWORDS = (
+    *_REQUIRED,
+    "SOPClassUID",
+    "AccessionNumber",
+    "BurnedInAnnotation",
+    "NumberOfFrames",
+    "PatientID",
+    "PresentationIntentType",
+    "SpecificCharacterSet",
+    "ViewPosition",
+)
+
+
+@dataclass(frozen=True, repr=False)
+class DicomFolder:
+    """Every file below ``root``; links to folders are not followed."""
+
+    root: Path
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        if not self.root.is_dir():
+            raise SourceMissingError(f"expected the DICOM folder {self.root}, and there is none")
+        paths = (
+            Path(folder) / name for folder, _, names in os.walk(self.root, onerror=_stop) for name in names
+        )
+        return sorted(path for path in paths if path.is_file())
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def stamps(self) -> Iterator[str]:
+        """Yield name, size and modification time of every file."""
+        return (stamp(path, self._name(path)) for path in self._files)
+
+    def scan(self, ordered_map: OrderedMap) -> Iterable[Entry]:
+        """Yield one entry per file by path; of files with one SOPInstanceUID the first is the candidate."""
+        seen: set[str] = set()
+        for path, outcome in zip(self._files, ordered_map(read_header, self._files), strict=True):
+            if isinstance(outcome, Candidate):
+                if outcome.uid in seen:
+                    outcome = Rejected(State.DUPLICATE, Code.E_DUPLICATE_SOP)
+                else:
+                    seen.add(outcome.uid)
+            yield Entry(self._name(path), outcome)
+
+    @staticmethod
+    def render(path: Path, size: int) -> Rendered | Rejected:
+        """Read what display needs and no more, and make the packed image; no file makes this raise."""
+        try:
+            with quietly([]):  # the scan has made its remarks on this file
+                dataset, _ = read_dataset(path, keywords=_PIXEL_KEYWORDS, pixels=True)
+                pixels, remarks = display.display_image(dataset, size=size)
+        except RefusedError as refusal:
+            return refusal.rejected
+        except EOFError:
+            return Rejected(State.QUARANTINED, Code.E_TRUNCATED)
+        except Exception:  # decoders raise any type on a damaged stream
+            return Rejected(State.QUARANTINED, Code.E_DECODE)
+        return Rendered(pixels, remarks)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def read_header(path: Path) -> Candidate | Rejected:
+    """Judge a file by its header; nothing a file holds makes this raise."""
+    remarks: list[Code] = []
+    try:
+        with quietly(remarks):
+            dataset, noted = read_dataset(path, keywords=_HEADER_KEYWORDS, pixels=False)
+            accession, study, patient, uid = _judge(dataset)
+            if frame_count(dataset) > 1:
+                noted.append(Code.W_MULTIFRAME)
+    except RefusedError as refusal:
+        return refusal.rejected
+    except EOFError:
+        return Rejected(State.QUARANTINED, Code.E_TRUNCATED)
+    except Exception:  # pydicom raises any type on a damaged header
+        return Rejected(State.QUARANTINED, Code.E_UNREADABLE)
+    return Candidate(
+        path=path,
+        patient=patient,
+        study=study,
+        keys={"accession_number": accession, "study_instance_uid": study},
+        uid=uid,
+        remarks=(*noted, *remarks),
+    )
+
+
+def _judge(dataset: Dataset) -> tuple[str, str, str, str]:
+    """Return accession number, study UID, patient id and SOP instance UID of an image that may be used."""
+    sop_class = UID(_text(dataset, "SOPClassUID"))
+    if "Rows" not in dataset and sop_class not in PROJECTIONS | OFTEN_BURNED_IN:
+        raise RefusedError(State.IGNORED, Code.E_NOT_IMAGE)
+    if not sop_class:
+        raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, "SOPClassUID")
+    if sop_class not in PROJECTIONS | OFTEN_BURNED_IN:
+        raise RefusedError(State.UNSUPPORTED, Code.E_SOP_CLASS, sop_class.name)
+    if _text(dataset, "PresentationIntentType") == "FOR PROCESSING":
+        raise RefusedError(State.UNSUPPORTED, Code.E_FOR_PROCESSING)
+    for keyword in _REQUIRED:
+        if dataset.get(keyword) in (None, ""):
+            raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, keyword)
+    if _text(dataset, "ViewPosition").upper() in NOT_FRONTAL:
+        raise RefusedError(State.IGNORED, Code.E_NOT_FRONTAL)
+    burned_in = _text(dataset, "BurnedInAnnotation").upper()
+    if burned_in == "YES" or (sop_class in OFTEN_BURNED_IN and burned_in != "NO"):
+        raise RefusedError(State.QUARANTINED, Code.E_BURNED_IN)
+    check_decodable(dataset)
+    study, uid = _text(dataset, "StudyInstanceUID"), _text(dataset, "SOPInstanceUID")
+    return _text(dataset, "AccessionNumber"), study, _text(dataset, "PatientID"), uid
+
+
+def _text(dataset: Dataset, keyword: str) -> str:
+    return str(dataset.get(keyword) or "").strip()
+
+
+def _stop(error: OSError) -> None:
+    raise SourceMissingError(f"cannot read the folder {error.filename}: {error.strerror}") from error

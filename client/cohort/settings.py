@@ -1,0 +1,63 @@
+"""What a hospital says about its data: where it lies and how it is packed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from client.cohort.errors import CohortSettingsError
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortSettings:
+    """One site's data source, either a DICOM folder with reports or a table of images.
+
+    Attributes:
+        dicom: Folder of DICOM files, read recursively.
+        reports: CSV of reports for ``dicom``.
+        table: CSV with the columns image, text, patient_id and perhaps split.
+        where: Keep only the rows of ``table`` with these values, column by column.
+        labels: CSV of labels beside the reports or the table.
+        image_size: Side of the packed square images, in pixels.
+        test_fraction: Share of patients held out where no split column says so.
+        salt: The site's secret for pseudonyms, the split and the cohort's identity. Another salt is
+            another split: choose it once.
+
+    Raises:
+        CohortSettingsError: The settings contradict themselves.
+    """
+
+    dicom: Path | None = None
+    reports: Path | None = None
+    table: Path | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    labels: Path | None = None
+    image_size: int = 224
+    test_fraction: float = 0.2
+    salt: str | bytes
+
+    def __post_init__(self) -> None:
+        if (self.dicom is None) == (self.table is None):
+            raise CohortSettingsError("expected exactly one of cohort.dicom and cohort.table")
+        if (self.dicom is None) != (self.reports is None):
+            raise CohortSettingsError("expected cohort.reports with cohort.dicom, and only with it")
+        if self.where and self.table is None:
+            raise CohortSettingsError("expected cohort.where only with cohort.table")
+        if not MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE:
+            raise CohortSettingsError(
+                f"expected cohort.image_size={self.image_size} in [{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}]"
+            )
+        if not 0 <= self.test_fraction < 1:
+            raise CohortSettingsError(f"expected cohort.test_fraction={self.test_fraction} in [0, 1)")
+        if not self.salt:
+            raise CohortSettingsError("expected cohort.salt to be the site's secret, got an empty one")
+
+    def __repr__(self) -> str:
+        source = "dicom" if self.table is None else "table"
+        return f"CohortSettings(source={source!r}, image_size={self.image_size})"
+
+    @property
+    def key(self) -> bytes:
+        """The salt as the key of every HMAC."""
+        return self.salt.encode() if isinstance(self.salt, str) else self.salt

@@ -1,0 +1,93 @@
+"""What every kind of source offers; a new kind is one class more."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from client.cohort.errors import SourceMissingError
+from client.cohort.outcomes import Code, Rejected, Rendered
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class OrderedMap(Protocol):
+    """The built-in ``map`` over one sequence, perhaps in other processes.
+
+    A call that takes its process down yields a ``Rejected`` in its place.
+    """
+
+    def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R | Rejected]:
+        """Yield ``function(item)`` for every item, in order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Candidate:
+    """An image that becomes a row if a text belongs to it.
+
+    Attributes:
+        path: Where the image lies.
+        patient: The patient's id as the source has it; may be empty.
+        study: What groups the images of one examination.
+        keys: Values by which reports and labels are found, per kind of key.
+        uid: What makes the image itself unique.
+        text: The report, where the source brings it along.
+        labels: Finding to value; NaN is unknown.
+        is_test: The split where the source fixes it.
+        remarks: Noted while reading.
+    """
+
+    path: Path
+    patient: str
+    study: str
+    keys: Mapping[str, str]
+    uid: str
+    text: str | None = None
+    labels: Mapping[str, float] = field(default_factory=dict)
+    is_test: bool | None = None
+    remarks: tuple[Code, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class Entry:
+    """One input by its name, and what is known of it so far."""
+
+    name: str
+    outcome: Candidate | Rejected
+
+
+class Source(Protocol):
+    """Where a site's images come from."""
+
+    def __len__(self) -> int:
+        """Return the number of inputs."""
+        ...
+
+    def stamps(self) -> Iterable[str]:
+        """Yield name, size and modification time of every file the cohort depends on."""
+        ...
+
+    def scan(self, ordered_map: OrderedMap) -> Iterable[Entry]:
+        """Yield one entry per input, in a fixed order, from headers alone."""
+        ...
+
+    @staticmethod
+    def render(path: Path, size: int) -> Rendered | Rejected:
+        """Read one image as it is packed; runs in other processes, hence static."""
+        ...
+
+
+def stamp(path: Path, name: str) -> str:
+    """Return what tells one state of a file from another without reading it.
+
+    Raises:
+        SourceMissingError: There is no such file.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise SourceMissingError(f"expected the file {path}: {error.strerror}") from error
+    return f"{name}\0{status.st_size}\0{status.st_mtime_ns}"
