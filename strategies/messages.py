@@ -19,7 +19,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -35,6 +36,10 @@ Arrays = dict[str, NDArray[Any]]
 Part = Literal["full", "lora", "heads"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8")
+
+# What a site says about itself reaches logs, metrics and weights: bounded, and of one line.
+Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Patients = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class MessageError(ValueError):
@@ -54,9 +59,9 @@ class RefusalCode(StrEnum):
 
 
 class Facts(BaseModel):
-    """Base of the JSON part of a message: public values only, frozen, unknown fields refused."""
+    """Base of the JSON part of a message: public, finite values only, frozen, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainingPlan(Facts):
@@ -105,24 +110,24 @@ class Hello(Facts):
 class SiteFacts(Facts):
     """What a site says about itself: its name and its declared size, both public constants."""
 
-    site: str
-    patients_declared: int = Field(ge=1)
+    site: Label
+    patients_declared: Patients
     has_bundle: bool
 
 
 class Installed(Facts):
     """The site stored the public bundle."""
 
-    site: str
+    site: Label
     bundle: str
 
 
 class Refusal(Facts):
     """The site will not or could not: a code of the closed list and the number of its local log entry."""
 
-    site: str
+    site: Label
     code: RefusalCode
-    incident: str
+    incident: Label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ class PublicBundle:
     anchor_texts: tuple[str, ...]
     anchor_images: NDArray[np.uint8]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of the content, the same on every machine."""
         texts = json.dumps([self.model, self.anchor_texts], sort_keys=True)
@@ -196,11 +201,11 @@ class ReleaseFacts(Facts):
         replayed: The same request was answered before; these are the same bytes, at no cost.
     """
 
-    site: str
+    site: Label
     server_round: int
-    patients_declared: int
-    steps: int
-    seconds: float
+    patients_declared: Patients
+    steps: int = Field(ge=0, le=10**9)
+    seconds: float = Field(ge=0)
     epsilon: float | None
     epsilon_max: float | None
     delta: float | None
@@ -253,7 +258,7 @@ def decode(
     try:
         record = content["facts"]
         version, kind, facts = record["version"], str(record["kind"]), json.loads(str(record["json"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise MessageError("a message needs a 'facts' record with version, kind and json") from None
     if version != MESSAGE_VERSION:
         raise MessageError(
@@ -312,9 +317,8 @@ def check_update(update: Mapping[str, NDArray[Any]], like: Mapping[str, NDArray[
         raise MessageError(f"update and model differ in {len(odd)} names, first {odd[0]!r}")
     for name, value in update.items():
         if value.shape != like[name].shape or value.dtype != like[name].dtype:
-            raise MessageError(
-                f"array {name!r}: expected {like[name].dtype}{like[name].shape}, got {value.dtype}{value.shape}"
-            )
+            wanted, got = (f"{array.dtype}{array.shape}" for array in (like[name], value))
+            raise MessageError(f"array {name!r}: expected {wanted}, got {got}")
         if not np.isfinite(value).all():
             raise MessageError(f"array {name!r} is not finite")
 
@@ -347,13 +351,19 @@ def _records(kind: str, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]
 def _arrays(content: RecordDict) -> Arrays:
     if "arrays" not in content:
         return {}
+    record = content["arrays"]
+    if not isinstance(record, ArrayRecord):
+        raise MessageError("the 'arrays' record holds no arrays")
     arrays: Arrays = {}
-    for name, value in content.array_records["arrays"].items():
+    for name, value in record.items():
         if value.dtype not in WIRE_DTYPES:
             raise MessageError(
                 f"array {name!r}: dtype {value.dtype} does not travel; use one of {WIRE_DTYPES}"
             )
-        arrays[name] = value.numpy()
+        try:
+            arrays[name] = value.numpy()
+        except (TypeError, ValueError, EOFError, OSError, MemoryError):
+            raise MessageError(f"array {name!r} cannot be read") from None
     return arrays
 
 
