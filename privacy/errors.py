@@ -1,0 +1,54 @@
+"""What the privacy package refuses, by name; every text names the thing, its value and the remedy."""
+# ruff: noqa: N818 - a refusal is named after what happened, as the replies to the coordinator are
+
+
+class PrivacyError(ValueError):
+    """A mechanism cannot be built as asked: a precondition of its guarantee does not hold."""
+
+
+class NoiseOutOfRange(PrivacyError):
+    """No noise multiplier in the supported range meets the target epsilon."""
+
+
+class NoiseCopied(RuntimeError):
+    """A noise source was about to be used twice, which would repeat its noise."""
+
+
+class AccountantDisagreement(RuntimeError):
+    """Two accountants contradict each other, so no epsilon may be claimed."""
+
+
+class LedgerError(RuntimeError):
+    """A ledger refused; parent of every refusal below."""
+
+
+class WrongLedger(LedgerError):
+    """The file is not the ledger that was asked for: another cohort, a newer version, another format."""
+
+
+class LedgerTampered(LedgerError):
+    """The rows are not the ones that were written; the text names the first that is wrong."""
+
+
+class BudgetExceeded(LedgerError):
+    """The release would take the cohort past its epsilon_max; nothing was charged."""
+
+
+class ReservationClosed(LedgerError):
+    """The reservation cannot be released or abandoned: it is not this ledger's, or already has an outcome."""
+
+
+class AlreadyReleased(LedgerError):
+    """The request was released before; the stored bytes may be sent again, which costs nothing.
+
+    Attributes:
+        output_digest: Digest of the stored release, as recorded.
+    """
+
+    def __init__(self, message: str, *, output_digest: str) -> None:
+        super().__init__(message)
+        self.output_digest = output_digest
+
+
+class UnsoundTraining(ValueError):
+    """Training as set up cannot carry a privacy claim; the text names what breaks it and the remedy."""
