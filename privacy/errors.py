@@ -1,5 +1,4 @@
 """What the privacy package refuses, by name; every text names the thing, its value and the remedy."""
-# ruff: noqa: N818 - a refusal is named after what happened, as the replies to the coordinator are
 
 
 class PrivacyError(ValueError):

@@ -295,6 +295,13 @@ class Ledger:
             free = True
         return epsilon(book.events() if free else [*book.events(), request.event()], delta=self.delta)
 
+    def open_reservations(self, request_digest: str) -> list[Reservation]:
+        """Reservations of this request that were neither released nor abandoned, oldest first."""
+        book = self._read()
+        closed = {*book.released, *book.abandoned}
+        mine = (r for r in book.reservations.values() if r.request.request_digest == request_digest)
+        return [reservation for reservation in mine if reservation.seq not in closed]
+
     def rows(self) -> tuple[Row, ...]:
         """All rows from the first, verified."""
         return tuple(self._read().rows)

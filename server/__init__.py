@@ -1,1 +1,1 @@
-"""The coordinator: federation file, rounds, checkpoints, metrics. The only place that sees more than one hospital."""
+"""The coordinator: federation file, rounds, checkpoints, metrics. It alone sees more than one hospital."""

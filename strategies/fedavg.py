@@ -56,7 +56,7 @@ class FedAvg:
 
     def _mean(self, name: str) -> NDArray[np.float32]:
         with np.errstate(over="ignore"):  # found and named below
-            mean = (self._base[name] + self._sums[name] / self._weight).astype(np.float32)
+            mean = np.asarray(self._base[name] + self._sums[name] / self._weight, dtype=np.float32)
         if not np.isfinite(mean).all():
             raise ValueError(
                 f"the average of array {name!r} does not fit into float32: an update is too large"

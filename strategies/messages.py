@@ -327,7 +327,7 @@ def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, independent of order."""
     total = hashlib.sha256()
     for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
+        value = np.asarray(arrays[name], order="C")
         total.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
         total.update(value.tobytes())
     return total.hexdigest()
@@ -343,7 +343,7 @@ def _records(kind: str, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]
     records = RecordDict({"facts": ConfigRecord({"version": MESSAGE_VERSION, "kind": kind, "json": text})})
     if arrays:
         records["arrays"] = ArrayRecord(
-            {name: Array(np.ascontiguousarray(value)) for name, value in arrays.items()}
+            {name: Array(np.asarray(value, order="C")) for name, value in arrays.items()}
         )
     return records
 

@@ -27,10 +27,10 @@ def prompts_for(finding: str) -> PromptPair:
     if not name:
         raise EvaluationError(f"expected the name of a finding, got {finding!r}")
     generic = PromptPair(positive=(f"There is {name}.",), negative=(f"There is no {name}.",))
-    return _PROMPTS.get(_ALIASES.get(name, name), generic)
+    return PROMPTS.get(_ALIASES.get(name, name), generic)
 
 
-_PROMPTS = {
+PROMPTS = {
     "opacity": PromptPair(
         positive=(
             "There is a focal opacity in the right lung.",

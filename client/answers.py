@@ -1,0 +1,206 @@
+"""What a site answers to each of the coordinator's messages."""
+
+import math
+import os
+import time
+import zlib
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from client.cohort import CohortError
+from client.errors import Refused
+from client.policy import check_plan, mechanism_for
+from client.releases import ReleaseStore
+from client.site import Site, packed_cohort
+from client.training import train_plainly, train_privately
+from client.workbench import anchors_of, device_name, part_of, training_data
+from encoders.errors import EncoderError
+from encoders.parts import TrainablePart
+from privacy.errors import BudgetExceeded
+from privacy.ledger import Ledger, Reservation, ReservationRequest
+from privacy.mechanism import DpSgd
+from privacy.noise import GaussianNoise, os_generator
+from strategies.bundles import BundleMissing, BundleStore
+from strategies.messages import (
+    Hello,
+    Installed,
+    PublicBundle,
+    RefusalCode,
+    Release,
+    ReleaseFacts,
+    SiteFacts,
+    TrainRequest,
+    digest_of,
+)
+
+# True batch sizes show in exact durations, so under privacy they leave rounded up.
+COARSE_SECONDS = 10
+
+
+def answer_hello(site: Site, hello: Hello) -> SiteFacts:
+    """The site's name and declared size, and whether it holds the run's public bundle."""
+    return SiteFacts(
+        site=site.name,
+        patients_declared=site.settings.cohort.patients_declared,
+        has_bundle=_bundles(site).has(hello.bundle),
+    )
+
+
+def answer_install(site: Site, bundle: PublicBundle) -> Installed:
+    """Keep the public bundle."""
+    return Installed(site=site.name, bundle=_bundles(site).store(bundle))
+
+
+def answer_train(site: Site, request: TrainRequest) -> Release:
+    """One round of local training: policy, ledger, training, ledger, in this order.
+
+    Guarantees:
+        Under privacy: nothing is computed from patients before the cost is on the ledger's disk; the
+        release is stored before it is returned; the same request again gets the same bytes at no cost.
+
+    Raises:
+        Refused: with one of the closed list of codes.
+    """
+    check_plan(site, request)
+    torch.set_num_threads(site.settings.device.threads or os.cpu_count() or 1)
+    if request.plan.privacy == "none":
+        return _train_without_claim(site, request)
+    return _train_with_claim(site, request)
+
+
+def _train_with_claim(site: Site, request: TrainRequest) -> Release:
+    releases, ledger = ReleaseStore(folder=site.folder / "releases"), site.ledger()
+    stored = releases.find(request.digest)
+    if stored is not None:
+        _close(ledger, stored, request)
+        return Release(facts=stored.facts.model_copy(update={"replayed": True}), update=stored.update)
+    mechanism = mechanism_for(site, request.plan)
+    part = _ready(site, request)
+    noise = GaussianNoise(insecure_seed=_insecure_seed(site, request))
+    reservation = _reserve(ledger, _charge(request, mechanism, noise))
+    try:
+        started = time.monotonic()
+        anchors, texts = anchors_of(_bundles(site), request.bundle, part, request.plan.anchors)
+        insecure = noise.insecure_seed
+        update = train_privately(
+            part,
+            training_data(site.folder, part, texts),
+            anchors,
+            request.plan,
+            mechanism=mechanism,
+            patients_declared=site.settings.cohort.patients_declared,
+            noise=noise,
+            sampling=np.random.default_rng(_insecure_seed(site, request)) if insecure else os_generator(),
+        )
+        seconds = COARSE_SECONDS * math.ceil((time.monotonic() - started) / COARSE_SECONDS)
+        facts = _facts(site, request, seconds=seconds, mechanism=mechanism, ledger=ledger, insecure=insecure)
+        release = releases.store(request.digest, Release(facts=facts, update=update))
+    except Exception:
+        ledger.abandoned(reservation, code=RefusalCode.FAILED)
+        raise
+    ledger.released(reservation, output_digest=digest_of(release.update))
+    return release
+
+
+def _train_without_claim(site: Site, request: TrainRequest) -> Release:
+    part = _ready(site, request)
+    _, texts = anchors_of(_bundles(site), request.bundle, part, request.plan.anchors)
+    started = time.monotonic()
+    seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
+    update = train_plainly(
+        part,
+        training_data(site.folder, part, texts).pairs,
+        request.plan,
+        rng=np.random.default_rng(seed),
+    )
+    return Release(facts=_facts(site, request, seconds=time.monotonic() - started), update=update)
+
+
+def _ready(site: Site, request: TrainRequest) -> TrainablePart:
+    """The part with the requested weights in it, once the cohort is known to be usable."""
+    try:
+        cohort = packed_cohort(site.folder)
+    except CohortError as error:
+        raise Refused(RefusalCode.COHORT, str(error)) from error
+    patients = len(np.unique(cohort.patients[cohort.train()]))
+    if patients < site.settings.policy.min_patients:
+        reason = f"{patients} training patients, policy.min-patients is {site.settings.policy.min_patients}"
+        raise Refused(RefusalCode.COHORT, reason)
+    plan, device = request.plan, device_name(site.settings.device.name)
+    try:
+        part = part_of(_bundles(site), request.bundle, plan.part, plan.lora_rank, device)
+        part.load(request.arrays)
+    except (EncoderError, BundleMissing) as error:
+        raise Refused(RefusalCode.MODEL, str(error)) from error
+    return part
+
+
+def _charge(request: TrainRequest, mechanism: DpSgd, noise: GaussianNoise) -> ReservationRequest:
+    return ReservationRequest(
+        request_digest=request.digest,
+        run=request.run,
+        server_round=request.server_round,
+        kind="dp-sgd",
+        unit=mechanism.unit,
+        adjacency=mechanism.adjacency,
+        sampler=mechanism.sampler,
+        sample_rate=mechanism.sample_rate,
+        steps=mechanism.steps,
+        max_grad_norm=mechanism.max_grad_norm,
+        sensitivity=mechanism.sensitivity,
+        noise_std=mechanism.noise_std,
+        insecure_seed=noise.insecure_seed,
+        code_version=version("clipward"),
+        input_digest=digest_of(request.arrays),
+    )
+
+
+def _reserve(ledger: Ledger, charge: ReservationRequest) -> Reservation:
+    try:
+        return ledger.reserve(charge)
+    except BudgetExceeded as error:
+        raise Refused(RefusalCode.BUDGET, str(error)) from error
+
+
+def _close(ledger: Ledger, stored: Release, request: TrainRequest) -> None:
+    """Finish the book-keeping of a process that died between storing a release and saying so."""
+    for reservation in ledger.open_reservations(request.digest)[-1:]:
+        ledger.released(reservation, output_digest=digest_of(stored.update))
+
+
+def _facts(
+    site: Site,
+    request: TrainRequest,
+    *,
+    seconds: float,
+    mechanism: DpSgd | None = None,
+    ledger: Ledger | None = None,
+    insecure: bool = False,
+) -> ReleaseFacts:
+    return ReleaseFacts(
+        site=site.name,
+        server_round=request.server_round,
+        patients_declared=site.settings.cohort.patients_declared,
+        steps=request.plan.steps,
+        seconds=seconds,
+        epsilon=ledger.spent() if ledger else None,
+        epsilon_max=ledger.epsilon_max if ledger else None,
+        delta=ledger.delta if ledger else None,
+        noise_multiplier=mechanism.noise_multiplier if mechanism else None,
+        sample_rate=mechanism.sample_rate if mechanism else None,
+        max_grad_norm=mechanism.max_grad_norm if mechanism else None,
+        ledger_head=ledger.head if ledger else None,
+        insecure_seed=insecure,
+        replayed=False,
+    )
+
+
+def _insecure_seed(site: Site, request: TrainRequest) -> int | None:
+    seed = site.settings.testing.insecure_noise_seed
+    return None if seed is None else zlib.crc32(f"{seed}/{site.name}/{request.digest}".encode())
+
+
+def _bundles(site: Site) -> BundleStore:
+    return BundleStore(folder=site.folder / "bundles")

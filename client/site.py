@@ -1,0 +1,158 @@
+"""One hospital's installation: its folder, its `site.toml`, its cohort, ledger and policy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from client.cohort import Cohort, CohortSettings, build_cohort
+from privacy.accounting import default_delta
+from privacy.ledger import Ledger
+from strategies.messages import Part
+from strategies.settings import Settings, SettingsError
+
+SITE_FILE = "site.toml"
+
+
+class CohortTable(Settings):
+    """Where the site's images and reports are.
+
+    Attributes:
+        dicom: Folder of DICOM files, with ``reports``, a CSV.
+        table: Instead of them, an image table (CSV: image, text, patient_id, perhaps split).
+        where: Only the rows of ``table`` with these values.
+        labels: CSV of labels, for evaluation only.
+        patients_declared: The cohort's size as the site states it in public; never the exact count.
+        image_size: Pixels images are packed at.
+        test_fraction: Share of patients held out, where no split column says so.
+    """
+
+    dicom: Path | None = None
+    reports: Path | None = None
+    table: Path | None = None
+    where: dict[str, str] = Field(default_factory=dict)
+    labels: Path | None = None
+    patients_declared: int = Field(ge=1)
+    image_size: int = Field(default=224, ge=16, le=1024)
+    test_fraction: float = Field(default=0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.table is None) == (self.dicom is None):
+            raise ValueError("name one source: table, or dicom with reports")
+        if (self.dicom is None) != (self.reports is None):
+            raise ValueError("dicom and reports belong together")
+        return self
+
+
+class Policy(Settings):
+    """What the hospital allows, whatever a coordinator asks.
+
+    Attributes:
+        require_dp: Refuse a run without differential privacy.
+        epsilon_max: Budget of the cohort for its lifetime, per patient, add/remove one patient.
+        delta: Failure probability; by default 1 / (10 patients_declared), rounded down to a power of ten.
+        min_patients: Refuse to train on fewer patients than this.
+        min_noise_multiplier: Refuse a plan that would add less noise.
+        max_sample_rate: Refuse a plan that would draw a larger share of the patients in a step.
+        parts: What may be trained and leave.
+    """
+
+    require_dp: bool = True
+    epsilon_max: float = Field(default=8.0, gt=0)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    min_patients: int = Field(default=20, ge=2)
+    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    max_sample_rate: float = Field(default=0.5, gt=0, le=1)
+    parts: tuple[Part, ...] = ("full", "lora", "heads")
+
+
+class Device(Settings):
+    """What trains: ``auto`` takes a GPU if there is one. ``threads`` 0 means every core."""
+
+    name: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=0, ge=0)
+
+
+class Testing(Settings):
+    """For tests alone: a fixed noise seed makes runs repeatable and protects nobody; the ledger says so."""
+
+    insecure_noise_seed: int | None = Field(default=None, ge=0)
+
+
+class SiteSettings(Settings):
+    """The hospital's file. Relative paths are relative to its folder."""
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    cohort: CohortTable
+    policy: Policy = Policy()
+    device: Device = Device()
+    testing: Testing = Testing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """An opened installation. Everything the hospital keeps lies in ``folder``."""
+
+    folder: Path
+    settings: SiteSettings
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read ``folder/site.toml``.
+
+        Raises:
+            SettingsError: no such folder or file, or a setting that cannot be meant.
+        """
+        if not folder.is_dir():
+            raise SettingsError(f"no site folder {folder}: make it with a {SITE_FILE}, see configs/site.toml")
+        return cls(folder=folder, settings=SiteSettings.load(folder / SITE_FILE))
+
+    @property
+    def name(self) -> str:
+        """The site's public name."""
+        return self.settings.name
+
+    @property
+    def delta(self) -> float:
+        """The cohort's failure probability."""
+        declared = self.settings.cohort.patients_declared
+        return self.settings.policy.delta or default_delta(declared)
+
+    def cohort(self, *, on_progress: Callable[[int, int], None] | None = None) -> Cohort:
+        """The packed cohort: built on first use, opened afterwards while its source is unchanged.
+
+        Raises:
+            CohortError: the source cannot be used; the text is for the hospital's eyes.
+        """
+        source = self.settings.cohort
+        settings = CohortSettings(
+            dicom=self._path(source.dicom),
+            reports=self._path(source.reports),
+            table=self._path(source.table),
+            where=source.where,
+            labels=self._path(source.labels),
+            image_size=source.image_size,
+            test_fraction=source.test_fraction,
+            salt=f"clipward/{self.name}",
+        )
+        return build_cohort(settings, self.folder / "cohort", on_progress=on_progress)
+
+    def ledger(self) -> Ledger:
+        """The budget of this site's patients. It stays one ledger when images are added to the cohort."""
+        policy = self.settings.policy
+        path = self.folder / "ledger.sqlite"
+        return Ledger.open(path, cohort=self.name, epsilon_max=policy.epsilon_max, delta=self.delta)
+
+    def _path(self, path: Path | None) -> Path | None:
+        return None if path is None else self.folder / path
+
+
+@lru_cache(maxsize=64)
+def packed_cohort(folder: Path) -> Cohort:
+    """The cohort of the site in ``folder``, looked at once per process: a round need not scan it again."""
+    return Site.open(folder).cohort()

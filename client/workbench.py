@@ -1,0 +1,61 @@
+"""What a site keeps ready between rounds: the model's part and the cohort in the form it trains on.
+
+Everything here can be made again from the site's folder; keeping it saves minutes in a simulation and in a
+long-lived client, and changes no result.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from client.site import packed_cohort
+from client.training import Anchors, TrainingData
+from encoders.clip import ClipEncoder
+from encoders.fitting import Pairs
+from encoders.objectives import same_meaning
+from encoders.parts import TrainablePart, trainable_part
+from strategies.bundles import BundleStore
+from strategies.messages import Part, PublicBundle
+
+
+@lru_cache(maxsize=2)
+def part_of(store: BundleStore, digest: str, part: Part, lora_rank: int, device: str) -> TrainablePart:
+    """The trainable part of an installed bundle's model. Its weights are whatever was loaded last."""
+    bundle = _bundle(store, digest)
+    encoder = ClipEncoder.parse(bundle.model, bundle.weights)
+    encoder.model.to(device)
+    return trainable_part(encoder, part, lora_rank=lora_rank)
+
+
+@lru_cache(maxsize=64)
+def training_data(folder: Path, part: TrainablePart, anchor_texts: tuple[str, ...]) -> TrainingData:
+    """The training patients of the site in ``folder`` as inputs of ``part``."""
+    cohort = packed_cohort(folder)
+    rows = cohort.train()
+    texts = [cohort.texts[row] for row in rows]
+    pairs = Pairs.of(part, cohort.images[rows], texts)
+    masked = torch.from_numpy(same_meaning(texts, anchor_texts)).to(pairs.images.device)
+    return TrainingData(pairs=pairs, patients=cohort.patients[rows], masked=masked)
+
+
+@lru_cache(maxsize=2)
+def anchors_of(
+    store: BundleStore, digest: str, part: TrainablePart, count: int
+) -> tuple[Anchors, tuple[str, ...]]:
+    """The first ``count`` public anchors as inputs of ``part``, and their texts."""
+    bundle = _bundle(store, digest)
+    texts = bundle.anchor_texts[:count]
+    images, text_inputs = part.inputs(bundle.anchor_images[:count], texts)
+    return Anchors(images=images, texts=text_inputs), texts
+
+
+@lru_cache(maxsize=1)
+def _bundle(store: BundleStore, digest: str) -> PublicBundle:
+    return store.load(digest)
+
+
+def device_name(wanted: Literal["auto", "cpu", "cuda"]) -> str:
+    """``cuda`` where it is wanted and there, else ``cpu``."""
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,132 @@
+"""The public start: a model trained on public data, without a budget, before any hospital is asked."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.cohort import Cohort, CohortSettings, build_cohort
+from encoders.fitting import Pairs, fit_infonce
+from encoders.parts import trainable_part
+from server.evaluation import EvaluationSet
+from server.federation import Federation, PublicData, PublicStart
+from server.start import (
+    Prepared,
+    build_encoder,
+    load_prepared,
+    prepare_from_settings,
+    save_prepared,
+    start_folder,
+)
+from strategies.messages import PublicBundle
+
+PACKED_PIXELS = 128
+WARM_UP = 0.1
+
+Progress = Callable[[str, int, int], None]
+
+
+def prepare_start(federation: Federation, *, cache: Path, on_progress: Progress | None = None) -> Prepared:
+    """The start of ``federation``, from ``cache`` where it is there and its public data are unchanged.
+
+    Args:
+        federation: Its model, public data and anchors decide the start.
+        cache: Folder that keeps starts.
+        on_progress: Told what is being done, steps done, steps in all.
+
+    Raises:
+        CohortError: the public data cannot be used.
+    """
+    tell = on_progress or _silent
+    folder = start_folder(federation, cache)
+    public = _packed(federation.public_start, folder / "public", tell)
+    measured = _packed(federation.evaluation.data, folder / "evaluation", tell)
+    source = hashlib.sha256(json.dumps([c.identity for c in (public, measured) if c]).encode()).hexdigest()
+    kept = load_prepared(folder)
+    if kept is not None and kept.source == source:
+        return kept
+    made = prepare_from_settings(federation)
+    bundle = made.bundle
+    if public is not None and federation.public_start is not None:
+        bundle = _trained(federation, federation.public_start, public, tell)
+    evaluation = None if measured is None else evaluation_set(measured, np.arange(len(measured)))
+    prepared = Prepared(bundle=bundle, public_start=public is not None, source=source, evaluation=evaluation)
+    save_prepared(folder, prepared)
+    return prepared
+
+
+def evaluation_set(cohort: Cohort, rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> EvaluationSet:
+    """The given rows of a cohort as something to measure on."""
+    return EvaluationSet(
+        images=np.array(cohort.images[rows]),
+        texts=tuple(cohort.texts[row] for row in rows),
+        labels={name: values[rows] for name, values in cohort.labels.items()},
+    )
+
+
+def _packed(data: PublicData | None, folder: Path, tell: Progress) -> Cohort | None:
+    if data is None:
+        return None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    settings = CohortSettings(
+        dicom=data.dicom,
+        reports=data.reports,
+        table=data.table,
+        where=data.where,
+        labels=data.labels,
+        image_size=PACKED_PIXELS,
+        test_fraction=0.0,
+        salt="public",
+    )
+    return build_cohort(
+        settings, folder, on_progress=lambda done, total: tell("read public data", done, total)
+    )
+
+
+def _trained(federation: Federation, start: PublicStart, cohort: Cohort, tell: Progress) -> PublicBundle:
+    encoder = build_encoder(federation)
+    part = trainable_part(encoder, "full", lora_rank=1)
+    rng = np.random.default_rng(federation.model.seed)
+    images = encoder.preprocessing.resize(cohort.images)
+    texts = list(cohort.texts)
+    steps = max(1, start.epochs * round(len(texts) / start.batch))
+    optimizer = torch.optim.AdamW(part.parameters().values(), lr=start.learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, start.learning_rate, total_steps=steps + 1, pct_start=WARM_UP
+    )
+
+    def stepped(step: int) -> None:
+        schedule.step()
+        tell("train the public start", step + 1, steps)
+
+    fit_infonce(
+        part,
+        Pairs.of(part, images, texts),
+        optimizer=optimizer,
+        steps=steps,
+        batch=start.batch,
+        inverse_temperature=federation.objective.inverse_temperature,
+        augmented=True,
+        rng=rng,
+        on_step=stepped,
+    )
+    anchors = _anchor_rows(texts, federation.objective.anchors, rng)
+    return PublicBundle(
+        model=encoder.describe(),
+        weights=encoder.weights(),
+        anchor_texts=tuple(texts[row] for row in anchors),
+        anchor_images=images[anchors],
+    )
+
+
+def _anchor_rows(texts: list[str], count: int, rng: np.random.Generator) -> list[int]:
+    """Rows of at most ``count`` public pairs, each text once."""
+    rows = {texts[row].lower(): int(row) for row in rng.permutation(len(texts))}
+    return list(rows.values())[:count]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""

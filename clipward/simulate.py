@@ -1,0 +1,216 @@
+"""A whole federation on one machine: the same ServerApp and ClientApp as in hospitals, another engine."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from client.app import app as client_app
+from client.app import site_folders
+from client.cohort.tables import read_table
+from client.site import SITE_FILE, Site
+from clipward.backends import run_in_process, run_on_ray
+from clipward.public_start import Progress, evaluation_set, prepare_start
+from clipward.report import write_report
+from clipward.summary import summarise, write_summary, write_text
+from encoders.parts import TrainablePart
+from server import checkpoints
+from server.app import coordinate
+from server.evaluation import EvaluationSet, evaluator
+from server.federation import Federation, Simulation
+from server.metrics import Event, read_events
+from server.start import STARTS, Prepared, part_of, start_of
+from strategies.settings import SettingsError
+
+Backend = Literal["in-process", "ray"]
+
+logger = logging.getLogger(f"clipward.{__name__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a simulation leaves: the summary, and where everything is."""
+
+    summary: dict[str, Any]
+    run_dir: Path
+
+    @property
+    def report(self) -> Path:
+        """The self-contained page about the run."""
+        return self.run_dir / "report.html"
+
+
+def simulate(
+    federation: Federation,
+    *,
+    runs: Path,
+    backend: Backend = "in-process",
+    resume: bool = False,
+    listeners: Sequence[Callable[[Event], None]] = (),
+    on_progress: Progress | None = None,
+) -> Result:
+    """Run the federation over the sites its file names, and measure it on their held-out patients.
+
+    Held-out patients of all sites are pooled here because this is one machine: they take no part in
+    training, and figures measured on them are covered by no epsilon.
+
+    Args:
+        federation: Read from its file; it has a ``simulation`` table.
+        runs: Folder of all runs.
+        backend: In this process, or on Ray.
+        resume: Go on with a run that was interrupted.
+        listeners: Told every event.
+        on_progress: Told of the work before the first round.
+
+    Raises:
+        SettingsError: no ``simulation`` table, or no site where it points.
+        CohortError: a site's or the public data cannot be used.
+        RunError: the run cannot start or go on.
+    """
+    run_dir = runs / federation.name
+    prepared = prepare_start(federation, cache=runs / STARTS, on_progress=on_progress)
+    folders = prepare_sites(federation, run_dir)
+    held_out = _held_out(folders, on_progress)
+    measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out else None
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        coordinate(
+            grid,
+            federation,
+            start=start_of(federation, prepared),
+            evaluate=measure,
+            run_dir=run_dir,
+            resume=resume,
+            listeners=listeners,
+        )
+
+    engine = run_on_ray if backend == "ray" else run_in_process
+    engine(server_app, client_app, node_configs=[{"site": str(folder)} for folder in folders], run_config={})
+    return finish(federation, run_dir, prepared)
+
+
+def finish(federation: Federation, run_dir: Path, prepared: Prepared) -> Result:
+    """Write what a finished run leaves: ``model/``, ``summary.json``, ``report.html``."""
+    checkpoint = checkpoints.load_latest(run_dir)
+    if checkpoint is not None:
+        part = part_of(federation, prepared.bundle)
+        part.load(checkpoint.arrays)
+        _export(part, run_dir / "model")
+    events = read_events(run_dir / "metrics.jsonl")
+    summary = summarise(events)
+    write_summary(run_dir / "summary.json", summary)
+    result = Result(summary=summary, run_dir=run_dir)
+    write_report(result.report, events=events, summary=summary)
+    return result
+
+
+def prepare_sites(federation: Federation, run_dir: Path) -> list[Path]:
+    """The folders of the simulated sites; those of a table are made in the run's folder.
+
+    Raises:
+        SettingsError: there is no site where the file points.
+    """
+    simulation = federation.simulation
+    if simulation is None:
+        raise SettingsError("the federation file has no [simulation] table: name its sites there")
+    if simulation.table is not None:
+        return _cut(simulation.table, simulation, run_dir / "sites")
+    folders = site_folders(simulation.sites) if simulation.sites else []
+    if not folders:
+        raise SettingsError(f"no site in {simulation.sites}: expected sub-folders with a {SITE_FILE}")
+    return folders
+
+
+def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
+    """One site per value of the table's column; the files are only written when they change nothing kept."""
+    rows = read_table(table)
+    column, patient = rows.need(simulation.by), rows.need("patient_id")
+    patients: dict[str, set[str]] = {}
+    for row in rows.rows:
+        patients.setdefault(row[column], set()).add(row[patient])
+    folders = []
+    for name in sorted(patients):
+        folder = root / re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = simulation.policy
+        write_text(
+            folder / SITE_FILE,
+            f"""\
+# Cut from an image table for a simulation.
+version = 1
+name = {json.dumps(folder.name)}
+
+[cohort]
+table = {json.dumps(str(table))}
+where = {{ {json.dumps(column)} = {json.dumps(name)} }}
+patients-declared = {len(patients[name])}
+image-size = {simulation.image_size}
+
+[policy]
+require-dp = {str(policy.require_dp).lower()}
+epsilon-max = {policy.epsilon_max}
+min-patients = {policy.min_patients}
+""",
+        )
+        folders.append(folder)
+    return folders
+
+
+def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet | None:
+    """The held-out patients of all sites; None when there are none."""
+    sets = []
+    for folder in folders:
+        site = Site.open(folder)
+        cohort = site.cohort(on_progress=partial(tell, f"read {site.name}") if tell else None)
+        training = len(np.unique(cohort.patients[cohort.train()]))
+        if training < site.settings.policy.min_patients:
+            logger.warning(
+                "site %s has %d training patients, its policy asks for %d: it will refuse every round",
+                site.name,
+                training,
+                site.settings.policy.min_patients,
+            )
+        sets.append(evaluation_set(cohort, cohort.test()))
+    if not any(len(one.texts) for one in sets):
+        return None
+    findings = sorted({finding for one in sets for finding in one.labels})
+    unknown = [np.full(len(one.texts), np.nan, dtype=np.float32) for one in sets]
+    return EvaluationSet(
+        images=_same_size([one.images for one in sets]),
+        texts=tuple(text for one in sets for text in one.texts),
+        labels={
+            finding: np.concatenate(
+                [one.labels.get(finding, nan) for one, nan in zip(sets, unknown, strict=True)]
+            )
+            for finding in findings
+        },
+    )
+
+
+def _same_size(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    sizes = {packed.shape[1] for packed in images}
+    if len(sizes) > 1:
+        raise SettingsError(f"the sites pack images at different sizes {sorted(sizes)}: use one image-size")
+    return np.concatenate(images)
+
+
+def _export(part: TrainablePart, folder: Path) -> None:
+    """Write the model beside its place, then put it there: a reader never sees half a model."""
+    partial_folder = folder.with_name(".model.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    part.merged().export(partial_folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)

@@ -1,0 +1,85 @@
+"""Plain contrastive training without any privacy claim: public starts, and runs that chose no privacy."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from encoders.augmentation import augment
+from encoders.objectives import infonce_loss
+from encoders.parts import TrainablePart
+
+LARGEST_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Image-text pairs as inputs of one `TrainablePart`.
+
+    Attributes:
+        images: One row a pair.
+        texts: One row a pair.
+        text_keys: Equal for pairs with equal text, int64, shape (N,).
+    """
+
+    images: Tensor
+    texts: Tensor
+    text_keys: Tensor
+
+    @classmethod
+    def of(cls, part: TrainablePart, images: NDArray[np.uint8], texts: list[str]) -> "Pairs":
+        """Packed images uint8 (N, S, S) and their texts in the form ``part`` trains on."""
+        numbers: dict[str, int] = {}
+        keys = [numbers.setdefault(text.lower(), len(numbers)) for text in texts]
+        image_inputs, text_inputs = part.inputs(images, texts)
+        return cls(
+            images=image_inputs, texts=text_inputs, text_keys=torch.tensor(keys, device=image_inputs.device)
+        )
+
+    def __len__(self) -> int:
+        return len(self.text_keys)
+
+
+def fit_infonce(
+    part: TrainablePart,
+    pairs: Pairs,
+    *,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch: int,
+    inverse_temperature: float,
+    augmented: bool,
+    rng: np.random.Generator,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """Take ``steps`` steps of InfoNCE over reshuffled pairs; changes the part's weights in place."""
+    parameters = list(part.parameters().values())
+    batches = shuffled_batches(len(pairs), batch=batch, rng=rng)
+    for step in range(steps):
+        rows = torch.from_numpy(next(batches)).to(pairs.images.device)
+        images = pairs.images[rows]
+        if augmented and images.dtype == torch.uint8:
+            images = augment(images, rng=rng)
+        image_embeddings, text_embeddings = part.module(images, part.trimmed(pairs.texts[rows]))
+        keys = pairs.text_keys[rows]
+        loss = infonce_loss(
+            image_embeddings,
+            text_embeddings,
+            same_text=keys[:, None] == keys[None, :],
+            inverse_temperature=inverse_temperature,
+        )
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        optimizer.step()
+        if on_step:
+            on_step(step)
+
+
+def shuffled_batches(rows: int, *, batch: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Row numbers without end: every pass a new order, cut into equal parts of about ``batch`` rows."""
+    while True:
+        yield from np.array_split(rng.permutation(rows), max(1, round(rows / batch)))

@@ -1,0 +1,231 @@
+"""Which weights are trained and travel: all of them, LoRA factors, or the two projection heads.
+
+A `TrainablePart` is the model seen by a training step: a module whose trainable parameters are the part,
+the inputs it wants for each image-text pair, and the part's arrays by name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from encoders.clip import EMBED_ROWS, ClipEncoder, image_features, text_features
+from encoders.errors import EncoderError
+from encoders.preprocessing import Preprocessing
+
+LORA_TARGETS = ["q_proj", "v_proj"]
+PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
+
+
+class Module(nn.Module, ABC):
+    """Inputs of a part to unit embeddings; row i of an output depends on row i of the input alone."""
+
+    @abstractmethod
+    def embed_images(self, inputs: Tensor) -> Tensor:
+        """Unit image embeddings (B, D)."""
+
+    @abstractmethod
+    def embed_texts(self, inputs: Tensor) -> Tensor:
+        """Unit text embeddings (B, D)."""
+
+    def forward(self, image_inputs: Tensor, text_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, for pairs."""
+        return self.embed_images(image_inputs), self.embed_texts(text_inputs)
+
+
+class TrainablePart(ABC):
+    """One way to train a CLIP model.
+
+    Attributes:
+        encoder: The model the part belongs to; `load` changes its weights in place.
+        module: Embeds the part's inputs; its parameters with ``requires_grad`` are the part.
+    """
+
+    def __init__(self, encoder: ClipEncoder, module: Module) -> None:
+        self.encoder = encoder
+        self.module = module
+
+    @abstractmethod
+    def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the module wants for packed images uint8 (N, S, S) and texts: two tensors of N rows."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by the name under which they travel."""
+        named = self.module.named_parameters()
+        return {name.removeprefix("model."): value for name, value in named if value.requires_grad}
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """The part's weights, float32; a copy."""
+        return {name: value.detach().cpu().numpy().copy() for name, value in self.parameters().items()}
+
+    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Put ``arrays`` in place of the part's weights.
+
+        Raises:
+            EncoderError: other names or shapes than the part's.
+        """
+        own = self.parameters()
+        if {name: tuple(value.shape) for name, value in own.items()} != {
+            name: value.shape for name, value in arrays.items()
+        }:
+            raise EncoderError(f"expected the {len(own)} arrays of this part, got {len(arrays)} others")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(torch.from_numpy(np.asarray(arrays[name])))
+
+    def trimmed(self, text_inputs: Tensor) -> Tensor:
+        """The same text inputs without padding that no row of them needs; the outputs stay the same."""
+        return text_inputs
+
+    def merged(self) -> ClipEncoder:
+        """The encoder with the part's weights inside, ready to embed and to export."""
+        return self.encoder
+
+
+class _Towers(Module):
+    """Both towers from resized images (B, H, H) uint8 and token ids (B, L)."""
+
+    def __init__(self, model: CLIPModel, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self._preprocessing = preprocessing
+
+    def embed_images(self, inputs: Tensor) -> Tensor:
+        pooled = image_features(self.model, self._preprocessing, inputs)
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    def embed_texts(self, inputs: Tensor) -> Tensor:
+        return F.normalize(self.model.text_projection(text_features(self.model, inputs)), dim=-1)
+
+
+class _Heads(Module):
+    """The two projections, on pooled features of frozen towers."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.visual_projection = model.visual_projection
+        self.text_projection = model.text_projection
+
+    def embed_images(self, inputs: Tensor) -> Tensor:
+        return F.normalize(self.visual_projection(inputs), dim=-1)
+
+    def embed_texts(self, inputs: Tensor) -> Tensor:
+        return F.normalize(self.text_projection(inputs), dim=-1)
+
+
+class FullPart(TrainablePart):
+    """Every weight but the logit scale, which is public and fixed."""
+
+    def __init__(self, encoder: ClipEncoder) -> None:
+        encoder.model.requires_grad_(True)
+        encoder.model.logit_scale.requires_grad_(False)
+        super().__init__(encoder, _Towers(encoder.model, encoder.preprocessing))
+
+    def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Resized images, uint8 (N, H, H), and token ids, int64 (N, L)."""
+        resized = torch.from_numpy(self.encoder.preprocessing.resize(images))
+        return resized.to(self.encoder.device), self.encoder.tokenizer(texts).to(self.encoder.device)
+
+    def trimmed(self, text_inputs: Tensor) -> Tensor:
+        """Token ids (…, L) cut behind the longest text's first end token."""
+        lengths = (text_inputs != self.encoder.tokenizer.eos_token_id).sum(-1)
+        return text_inputs[..., : int(lengths.max()) + 1]
+
+
+class HeadsPart(TrainablePart):
+    """The two projections. The towers are frozen, so their outputs are computed once per run."""
+
+    def __init__(self, encoder: ClipEncoder) -> None:
+        encoder.model.requires_grad_(False)
+        module = _Heads(encoder.model)
+        module.requires_grad_(True)
+        super().__init__(encoder, module)
+
+    def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Pooled features of the frozen towers, float32 (N, D_v) and (N, D_t)."""
+        return self.encoder.image_features(images), self.encoder.text_features(texts)
+
+
+class LoraPart(FullPart):
+    """LoRA factors on the attention's queries and values, and the two projections.
+
+    Source:
+        Hu et al. (2022), arXiv:2106.09685, section 4.2.
+    """
+
+    def __init__(self, encoder: ClipEncoder, *, rank: int) -> None:
+        copy = ClipEncoder.parse(encoder.describe(), encoder.weights())
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, lora_dropout=0.0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                0
+            )  # the first factor's start is part of the public model, the same at every site
+            inject_adapter_in_model(config, copy.model)
+        super().__init__(copy)
+        for name, value in copy.model.named_parameters():
+            value.requires_grad_("lora_" in name or name in PROJECTIONS)
+
+    def merged(self) -> ClipEncoder:
+        """A plain CLIP model with W + scale * B A in place of each adapted W."""
+        weights: dict[str, NDArray[Any]] = {}
+        for name, value in self.encoder.weights().items():
+            if "lora_" not in name:
+                weights[name.replace(".base_layer", "")] = value
+        for name, layer in self.encoder.model.named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                delta = layer.get_delta_weight("default").detach().cpu().numpy()
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta
+        return ClipEncoder.parse(self.encoder.describe(), weights)
+
+
+def trainable_part(
+    encoder: ClipEncoder, part: Literal["full", "lora", "heads"], *, lora_rank: int
+) -> TrainablePart:
+    """The part of ``encoder`` that a federation trains."""
+    if part == "full":
+        return FullPart(encoder)
+    if part == "heads":
+        return HeadsPart(encoder)
+    return LoraPart(encoder, rank=lora_rank)
+
+
+class PartEmbedder:
+    """Embeds one fixed set of images, and any texts, with the part's current weights.
+
+    The part's inputs are computed once, so measuring the same data every round costs little where the towers
+    are frozen.
+    """
+
+    def __init__(self, part: TrainablePart, images: NDArray[np.uint8]) -> None:
+        self._part = part
+        self._images = images
+        self._image_inputs, _ = part.inputs(images, [""])
+        self._text_inputs: dict[tuple[str, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def image_embeddings(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Unit vectors, float32 (N, D), of the images given at the start.
+
+        Raises:
+            EncoderError: these are other images.
+        """
+        if images is not self._images:
+            raise EncoderError("this embedder was made for one set of images, and these are others")
+        rows = [self._part.module.embed_images(part) for part in torch.split(self._image_inputs, EMBED_ROWS)]
+        return torch.cat(rows).cpu().numpy()
+
+    @torch.no_grad()
+    def text_embeddings(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors, float32 (N, D)."""
+        key = tuple(texts)
+        if key not in self._text_inputs:
+            _, self._text_inputs[key] = self._part.inputs(self._images[:1], texts)
+        rows = torch.split(self._text_inputs[key], EMBED_ROWS)
+        return torch.cat([self._part.module.embed_texts(part) for part in rows]).cpu().numpy()

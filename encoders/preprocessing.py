@@ -1,0 +1,115 @@
+"""Packed grey images to what the image tower sees; its identity travels with the model."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from encoders.errors import EncoderError
+
+CHANNELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize a square grey image and normalise it, in CLIP's way.
+
+    Guarantees:
+        Equal to what the exported model's ``CLIPProcessor`` does to the same image.
+
+    Attributes:
+        image_size: Pixels of the square input.
+        mean: Subtracted per channel, after scaling to [0, 1].
+        std: Divided by, per channel.
+        resample: Pillow's number of the filter (3: bicubic, antialiased when shrinking).
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    resample: int = 3
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise EncoderError(f"expected image_size={self.image_size} >= 1")
+        if len(self.mean) != CHANNELS or len(self.std) != CHANNELS or not min(self.std) > 0:
+            raise EncoderError(
+                f"expected {CHANNELS} means and positive deviations: {self.mean=}, {self.std=}"
+            )
+
+    @classmethod
+    def parse(cls, description: dict[str, Any]) -> Self:
+        """The preprocessing that `describe` described."""
+        return cls(
+            image_size=int(description["image_size"]),
+            mean=tuple(description["mean"]),
+            std=tuple(description["std"]),
+            resample=int(description["resample"]),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready settings."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @property
+    def digest(self) -> str:
+        """Identity of the settings."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    def resize(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Square grey images, uint8 (N, S, S), at the model's size, uint8 (N, H, H)."""
+        size = self.image_size
+        if images.ndim != 3 or images.shape[1] != images.shape[2]:
+            raise EncoderError(f"expected square grey images of shape (N, S, S), got {images.shape}")
+        if images.shape[1] == size:
+            return np.array(images)
+        resized = np.empty((len(images), size, size), dtype=np.uint8)
+        for row, image in enumerate(images):
+            scaled = Image.fromarray(image).resize((size, size), Image.Resampling(self.resample))
+            resized[row] = np.asarray(scaled)
+        return resized
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Resized images, uint8 (B, H, H), as float32 pixel values (B, 3, H, H)."""
+        scaled = images.to(torch.float32).div(255).unsqueeze(-3)
+        shape = (CHANNELS, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return (scaled - mean) / std
+
+    def processor(self) -> CLIPImageProcessorPil:
+        """The same steps as a Hugging Face image processor."""
+        size = {"height": self.image_size, "width": self.image_size}
+        return CLIPImageProcessorPil(
+            size=size,
+            crop_size=size,
+            resample=self.resample,
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
+
+    @classmethod
+    def from_processor(cls, settings: dict[str, Any]) -> Self:
+        """Read a Hugging Face ``preprocessor_config.json``.
+
+        Raises:
+            EncoderError: no size in it.
+        """
+        size = settings.get("crop_size") or settings.get("size")
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge")
+        if not size:
+            raise EncoderError("preprocessor_config.json names no size; add size = {height, width}")
+        return cls(
+            image_size=int(size),
+            mean=tuple(settings.get("image_mean", cls.mean)),
+            std=tuple(settings.get("image_std", cls.std)),
+            resample=int(settings.get("resample", cls.resample)),
+        )

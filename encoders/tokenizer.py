@@ -1,0 +1,107 @@
+"""Text to token ids, offline: CLIP's byte-pair encoding over a vocabulary that ships with the project."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from importlib import resources
+from typing import Any, Self
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from encoders.errors import EncoderError
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY = "radiology_bpe.json"
+
+
+class TextTokenizer:
+    """Byte-pair tokenizer with CLIP's rules; every string can be encoded, unknown words in pieces.
+
+    Guarantees:
+        ``TextTokenizer.parse(t.describe())`` encodes every text exactly as ``t``, on any machine.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, *, max_tokens: int) -> None:
+        if max_tokens < 3:
+            raise EncoderError(f"expected {max_tokens=} >= 3: start, one token, end")
+        self.hugging_face = tokenizer
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def shipped(cls, *, max_tokens: int) -> Self:
+        """The project's own vocabulary: radiology wording and the DICOM dictionary."""
+        text = resources.files("encoders").joinpath("vocabulary", VOCABULARY).read_text(encoding="utf-8")
+        return cls.parse({**json.loads(text), "max_tokens": max_tokens})
+
+    @classmethod
+    def parse(cls, description: dict[str, Any]) -> Self:
+        """The tokenizer that `describe` described."""
+        merges = [tuple(pair.split(" ")) for pair in description["merges"]]
+        vocabulary = description["vocabulary"]
+        max_tokens = int(description["max_tokens"])
+        return cls(
+            CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens), max_tokens=max_tokens
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready: vocabulary, merges, longest text."""
+        model = json.loads(self.hugging_face.backend_tokenizer.to_str())["model"]
+        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        return {"vocabulary": model["vocab"], "merges": list(pairs), "max_tokens": self.max_tokens}
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the tokenizer."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids."""
+        return len(self.hugging_face)
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of the token whose hidden state is the text's embedding."""
+        return int(self.hugging_face.eos_token_id)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64, shape (B, L), L the longest text's length, at most ``max_tokens``."""
+        encoded = self.hugging_face(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        ids: Tensor = encoded["input_ids"]
+        return ids.to(torch.int64)
+
+
+def train_vocabulary(texts: Iterable[str], *, size: int) -> dict[str, Any]:
+    """A vocabulary of at most ``size`` entries for `TextTokenizer.parse` (without ``max_tokens``).
+
+    Deterministic in ``texts``. Only public text may go in: a vocabulary is released with the model.
+
+    Source:
+        Byte-level BPE with CLIP's normalisation, Radford et al. (2021), section 2.4.
+    """
+    pipeline: Tokenizer = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
+    trainer = BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
+        initial_alphabet=sorted(_byte_alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    pipeline.train_from_iterator(texts, trainer)
+    model = json.loads(pipeline.to_str())["model"]
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    return {"vocabulary": model["vocab"], "merges": list(pairs)}
+
+
+def _byte_alphabet() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return list(ByteLevel.alphabet())

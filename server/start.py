@@ -1,0 +1,150 @@
+"""What a run starts from: the public bundle, prepared beforehand or made from the settings alone."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from encoders.clip import ClipEncoder, build
+from encoders.parts import TrainablePart, trainable_part
+from server.errors import RunError
+from server.evaluation import EvaluationSet, evaluator
+from server.federation import Federation
+from server.rounds import Evaluate, Start
+from strategies.bundles import BundleStore
+from strategies.messages import PublicBundle
+from tasks.prompts import PROMPTS
+
+VERSION = 1
+STARTS = ".starts"  # beside the runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A prepared start on the coordinator's disk.
+
+    Attributes:
+        bundle: Model and anchors.
+        public_start: The model was trained on public data.
+        source: Identity of that data, empty without it.
+        evaluation: Public data to measure on, if the federation file names any.
+    """
+
+    bundle: PublicBundle
+    public_start: bool
+    source: str
+    evaluation: EvaluationSet | None
+
+
+def start_folder(federation: Federation, cache: Path) -> Path:
+    """Where the start of this federation is kept: runs with equal model, public data and anchors share it."""
+    relevant = federation.model_dump(
+        mode="json", include={"model", "public_start", "objective", "evaluation"}
+    )
+    return cache / hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_prepared(folder: Path, prepared: Prepared) -> None:
+    """Keep a start; a crash leaves a whole one or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = BundleStore(folder=folder).store(prepared.bundle)
+    if prepared.evaluation is not None:
+        prepared.evaluation.save(folder / "evaluation.npz")
+    facts = {
+        "version": VERSION,
+        "bundle": digest,
+        "public_start": prepared.public_start,
+        "source": prepared.source,
+    }
+    partial = folder / ".start.json.partial"
+    partial.write_text(json.dumps(facts), encoding="utf-8")
+    os.replace(partial, folder / "start.json")
+
+
+def load_prepared(folder: Path) -> Prepared | None:
+    """The start kept in ``folder``, or None."""
+    if not (folder / "start.json").is_file():
+        return None
+    facts = json.loads((folder / "start.json").read_text(encoding="utf-8"))
+    if facts.get("version") != VERSION:
+        raise RunError(
+            f"{folder} holds a start of version {facts.get('version')}: delete the folder to make it anew"
+        )
+    evaluation = folder / "evaluation.npz"
+    return Prepared(
+        bundle=BundleStore(folder=folder).load(facts["bundle"]),
+        public_start=facts["public_start"],
+        source=facts["source"],
+        evaluation=EvaluationSet.load(evaluation) if evaluation.is_file() else None,
+    )
+
+
+def prepare_from_settings(federation: Federation) -> Prepared:
+    """A start without public data: initial or loaded weights, prompts and noise images as anchors."""
+    encoder = build_encoder(federation)
+    texts, images = prompt_anchors(federation.objective.anchors, size=encoder.preprocessing.image_size)
+    bundle = PublicBundle(
+        model=encoder.describe(), weights=encoder.weights(), anchor_texts=texts, anchor_images=images
+    )
+    return Prepared(bundle=bundle, public_start=False, source="", evaluation=None)
+
+
+def build_encoder(federation: Federation) -> ClipEncoder:
+    """The untrained or loaded model that the federation file names."""
+    return build(
+        federation.model.encoder,
+        image_size=federation.model.image_size,
+        max_tokens=federation.model.max_tokens,
+        seed=federation.model.seed,
+        inverse_temperature=federation.objective.inverse_temperature,
+    )
+
+
+def prepared_start(federation: Federation, *, cache: Path) -> Prepared:
+    """The start kept for this federation, or one that needs no public data.
+
+    Raises:
+        RunError: the file names public data, and nobody has prepared the start from it.
+    """
+    prepared = load_prepared(start_folder(federation, cache))
+    if prepared is not None:
+        return prepared
+    if federation.public_start is not None or federation.evaluation.data is not None:
+        raise RunError(
+            f"the federation file names public data, and no start was prepared from it under {cache}: "
+            "run 'clipward start' with this file first"
+        )
+    return prepare_from_settings(federation)
+
+
+def start_of(federation: Federation, prepared: Prepared) -> Start:
+    """Round 0 of the federation from a prepared start."""
+    arrays = part_of(federation, prepared.bundle).arrays()
+    return Start(bundle=prepared.bundle, arrays=dict(arrays), public_start=prepared.public_start)
+
+
+def part_of(federation: Federation, bundle: PublicBundle) -> TrainablePart:
+    """The part of the bundle's model that the federation trains, for use at the coordinator."""
+    encoder = ClipEncoder.parse(bundle.model, bundle.weights)
+    return trainable_part(encoder, federation.share.part, lora_rank=federation.share.lora_rank)
+
+
+def evaluator_of(federation: Federation, prepared: Prepared) -> Evaluate | None:
+    """Measures on the prepared public data, if there are any."""
+    if prepared.evaluation is None:
+        return None
+    return evaluator(part_of(federation, prepared.bundle), prepared.evaluation)
+
+
+def prompt_anchors(count: int, *, size: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
+    """At most ``count`` sentences about findings, and as many noise images, uint8 (K, size, size)."""
+    pairs = PROMPTS.values()
+    texts = tuple(dict.fromkeys(text for pair in pairs for text in (*pair.positive, *pair.negative)))[:count]
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, size=(len(texts), 8, 8), dtype=np.uint8)
+    repeat = -(-size // 8)
+    return texts, np.kron(coarse, np.ones((1, repeat, repeat), dtype=np.uint8))[:, :size, :size]

@@ -1,0 +1,73 @@
+"""Public bundles on disk, kept by digest: the model a run starts from and its anchors."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+from strategies.messages import PublicBundle
+
+ANCHOR_IMAGES = "anchor_images"
+WEIGHTS = "weights/"
+
+
+class BundleMissing(ValueError):
+    """No whole bundle of this digest is in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleStore:
+    """A folder of public bundles."""
+
+    folder: Path
+
+    def has(self, digest: str) -> bool:
+        """Whether the bundle of this digest is here, whole."""
+        return (self._path(digest) / "bundle.json").is_file()
+
+    def store(self, bundle: PublicBundle) -> str:
+        """Keep ``bundle``; returns its digest. A crash leaves a whole bundle or none."""
+        digest = bundle.digest
+        if self.has(digest):
+            return digest
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=self.folder, prefix=".partial-"))
+        try:
+            weights = {f"{WEIGHTS}{name}": value for name, value in bundle.weights.items()}
+            save_file({**weights, ANCHOR_IMAGES: bundle.anchor_images}, partial / "arrays.safetensors")
+            facts = {"version": 1, "model": dict(bundle.model), "anchor_texts": list(bundle.anchor_texts)}
+            (partial / "bundle.json").write_text(json.dumps(facts), encoding="utf-8")
+            os.replace(partial, self._path(digest))
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not self.has(digest):  # else another process was first
+                raise
+        return digest
+
+    def load(self, digest: str) -> PublicBundle:
+        """The bundle of this digest.
+
+        Raises:
+            BundleMissing: it was never stored here, or is not what its name says.
+        """
+        if not self.has(digest):
+            raise BundleMissing(f"public bundle {digest[:12]} was never stored here")
+        facts = json.loads((self._path(digest) / "bundle.json").read_text(encoding="utf-8"))
+        arrays = load_file(self._path(digest) / "arrays.safetensors")
+        images = arrays.pop(ANCHOR_IMAGES)
+        bundle = PublicBundle(
+            model=facts["model"],
+            weights={name.removeprefix(WEIGHTS): value for name, value in arrays.items()},
+            anchor_texts=tuple(facts["anchor_texts"]),
+            anchor_images=images,
+        )
+        if bundle.digest != digest:
+            raise BundleMissing(f"public bundle {digest[:12]} was changed on disk; delete its folder")
+        return bundle
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / digest
