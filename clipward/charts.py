@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import matplotlib
 from markupsafe import escape
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 DIRECTION_NAMES = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -58,7 +59,7 @@ _STYLE = {
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.size": 10,
+    "font.size": 11,
     "grid.color": RULE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -83,7 +84,7 @@ def _recall_chart(rounds: Rows) -> str | None:
     x = [row["round"] for row in points]
     for (task, name), colour, mark in zip(DIRECTION_NAMES.items(), (FIRST, SECOND), "os", strict=True):
         y = [_percent(row["recall"][task]) for row in points]
-        axes.plot(x, y, color=colour, marker=mark, markersize=4, label=name)
+        _curve(axes, x, y, name, colour=colour, mark=mark)
     _chance(axes, [_percent(row["chance_r10"]) for row in points])
     axes.set(ylabel="R@10 in %", ylim=(0, None))
     _finish_rounds(axes, x)
@@ -96,7 +97,7 @@ def _auroc_chart(rounds: Rows) -> str | None:
         return None
     figure, axes = _figure(_HALF, 3.1)
     x = [row["round"] for row in points]
-    axes.plot(x, [row["auroc"] for row in points], color=FIRST, marker="o", markersize=4, label="Macro AUROC")
+    _curve(axes, x, [row["auroc"] for row in points], "Macro AUROC")
     _chance(axes, [row["chance_auroc"] for row in points])
     axes.set(ylabel="Macro AUROC")
     _finish_rounds(axes, x)
@@ -107,7 +108,7 @@ def _budget_chart(sites: Rows) -> str | None:
     known = [site for site in sites if site["epsilon"] is not None]
     if not known:
         return None
-    figure, axes = _figure(_HALF, 0.9 + 0.3 * len(known))
+    figure, axes = _figure(_HALF, _height(len(known)))
     y = range(len(known), 0, -1)
     for place, site in zip(y, known, strict=True):
         budget = site["epsilon_max"]
@@ -135,7 +136,7 @@ def _spending_chart(rounds: Rows, sites: Rows) -> str | None:
         axes.plot(*zip(*mine, strict=True) if mine else ([], []), color=MUTED, linewidth=0.8)
     x = [row["round"] for row in spending]
     highest = [max(row["epsilons"].values()) for row in spending]
-    axes.plot(x, highest, color=FIRST, marker="o", markersize=4, label="Highest of all sites")
+    _curve(axes, x, highest, "Highest of all sites")
     budgets = {site["epsilon_max"] for site in sites} - {None}
     if len(budgets) == 1:
         axes.axhline(budgets.pop(), color=INK, linewidth=1, linestyle=(0, (4, 3)), label="Budget")
@@ -150,7 +151,7 @@ def _findings_chart(findings: Rows) -> str | None:
     known = [row for row in findings if row["final"] is not None or row["start"] is not None]
     if not known:
         return None
-    figure, axes = _figure(_FULL, 0.9 + 0.3 * len(known))
+    figure, axes = _figure(_FULL, _height(len(known)))
     y = list(range(len(known), 0, -1))
     for place, row in zip(y, known, strict=True):
         if row["start"] is not None and row["final"] is not None:
@@ -161,7 +162,7 @@ def _findings_chart(findings: Rows) -> str | None:
             axes.scatter(*zip(*points, strict=True), color=colour, marker=mark, s=34, zorder=2, label=name)
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="Chance", zorder=0)
     axes.set_yticks(y, [row["name"] for row in known])
-    axes.set(xlabel="AUROC")
+    axes.set(xlabel="AUROC", ylim=(0.3, len(known) + 0.7))
     axes.grid(visible=False)
     _legend(axes)
     return _svg(figure, "findings", "AUROC of each finding, public start against final model")
@@ -172,6 +173,18 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
+def _height(lines: int) -> float:
+    """Inches for so many lines of text under one another, closer when there are many."""
+    return 0.9 + lines * (0.3 if lines <= 12 else 0.2)
+
+
+def _curve(
+    axes: Any, x: Sequence[float], y: Sequence[float], name: str, *, colour: str = FIRST, mark: str = "o"
+) -> None:
+    marker = mark if len(x) <= 30 else ""  # more would hide the line
+    axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
+
+
 def _chance(axes: Any, levels: Sequence[float | None]) -> None:
     known = [level for level in levels if level is not None]
     if known:
@@ -180,8 +193,8 @@ def _chance(axes: Any, levels: Sequence[float | None]) -> None:
 
 def _finish_rounds(axes: Any, rounds: Sequence[int]) -> None:
     axes.set_xlabel("Round")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlim(min(rounds) - 0.3, max(rounds) + 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(min(rounds) - 0.4, max(rounds) + 0.4)
     _legend(axes)
 
 

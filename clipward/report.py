@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from rich.filesize import decimal
 
 from clipward.charts import DIRECTION_NAMES, draw_charts
 from clipward.summary import epsilon_text, write_text
-from server.metrics import PHASES, Event, effective, finished_rounds
+from server.metrics import PHASES, Event, effective, epsilon_spent, finished_rounds
 from strategies.messages import RefusalCode
 
 DASH = "\N{EN DASH}"
@@ -116,7 +117,7 @@ def _headline(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "start": _dig(start, "retrieval", "image_to_text", "r10"),
         },
         {
-            "name": "Zero-shot diagnosis, macro AUROC",
+            "name": "Zero-shot findings, macro AUROC",
             "style": "auroc",
             "value": _dig(final, "zero_shot", "macro_auroc"),
             "chance": _dig(final, "zero_shot", "chance"),
@@ -161,18 +162,19 @@ def _rounds(events: Sequence[Event]) -> list[dict[str, Any]]:
         event["round"]: event.get("evaluation") for event in events if event["kind"] == "evaluated"
     }
     rows = []
+    spent: dict[str, float] = {}
     for number in sorted(finished_rounds(events) | ({0} & evaluations.keys())):
         mine = [event for event in events if event.get("round") == number]
         replies = [event for event in mine if event["kind"] == "site_replied"]
         evaluation = evaluations.get(number)
+        for site, epsilon in epsilon_spent(mine).items():  # what was spent stays spent in later rounds
+            spent[site] = max(epsilon, spent.get(site, 0.0))
         rows.append(
             {
                 "round": number,
                 "replied": len(replies),
                 "refused": sum(event["kind"] == "site_refused" for event in mine),
-                "epsilons": {
-                    event["site"]: event["epsilon"] for event in replies if event.get("epsilon") is not None
-                },
+                "epsilons": spent.copy(),
                 "recall": {task: _dig(evaluation, "retrieval", task, "r10") for task in DIRECTION_NAMES},
                 "chance_r10": _dig(evaluation, "retrieval", "image_to_text", "chance_r10"),
                 "auroc": _dig(evaluation, "zero_shot", "macro_auroc"),
@@ -232,25 +234,30 @@ def _known(style: Any) -> Any:
     return lambda value: DASH if value is None else style(value)
 
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def _scientific(value: float) -> str:
+def _scientific(value: float) -> Markup:
     mantissa, exponent = f"{value:.1e}".split("e")
-    power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
-    return power if mantissa == "1.0" else f"{mantissa} · {power}"
+    power = _power_of_ten(int(exponent))
+    return power if mantissa == "1.0" else Markup("{} · {}").format(mantissa, power)
+
+
+def _power_of_ten(exponent: int) -> Markup:
+    return Markup("10<sup>{}</sup>").format(str(exponent).replace("-", "\N{MINUS SIGN}"))
 
 
 def _factor(epsilon: float) -> str:
     """How many times as likely, e to the epsilon, rounded up."""
     if epsilon > 12:
-        return f"10{str(math.ceil(epsilon / math.log(10))).translate(_SUPERSCRIPT)}"
+        return _power_of_ten(math.ceil(epsilon / math.log(10)))
     factor = math.exp(epsilon)
     return f"{math.ceil(factor):,}" if factor >= 10 else f"{math.ceil(10 * factor) / 10:.1f}"
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _minute(event: Event) -> str:

@@ -136,6 +136,12 @@ def render(tmp_path: Path, events: list[Event], **options: Any) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a plain, finished, private run."""
+    return render(tmp_path_factory.mktemp("whole"), events_of())
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "a whole run": {},
     "no zero-shot": {"zero_shot": False},
@@ -167,22 +173,20 @@ def test_every_kind_of_run_makes_one_well_formed_page_that_fetches_nothing(
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_ids_are_unique_and_every_reference_has_its_target(tmp_path: Path) -> None:
-    text = render(tmp_path, events_of())
-    ids = Counter(attrs["id"] for _, attrs in Page(text).tags if "id" in attrs)
-    assert text.count("<svg") == 5
+def test_ids_are_unique_and_every_reference_has_its_target(whole: str) -> None:
+    ids = Counter(attrs["id"] for _, attrs in Page(whole).tags if "id" in attrs)
+    assert whole.count("<svg") == 5
     assert [name for name, count in ids.items() if count > 1] == []
-    used = re.findall(r'(?:url\(#|href="#|aria-labelledby=")([^)"]+)', text)
+    used = re.findall(r'(?:url\(#|href="#|aria-labelledby=")([^)"]+)', whole)
     assert used
     assert set(used) <= set(ids)
 
 
-def test_every_chart_says_in_words_what_it_shows_and_follows_the_theme(tmp_path: Path) -> None:
-    text = render(tmp_path, events_of())
-    charts = [attrs for tag, attrs in Page(text).tags if tag == "svg"]
+def test_every_chart_says_in_words_what_it_shows_and_follows_the_theme(whole: str) -> None:
+    charts = [attrs for tag, attrs in Page(whole).tags if tag == "svg"]
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
-    assert "#0a0b0" not in text
-    assert "var(--first)" in text
+    assert "#0a0b0" not in whole
+    assert "var(--first)" in whole
 
 
 def test_no_events_at_all_still_make_a_page(tmp_path: Path) -> None:
@@ -191,13 +195,13 @@ def test_no_events_at_all_still_make_a_page(tmp_path: Path) -> None:
     assert "No formal guarantee" in page.text
 
 
-def test_equal_events_make_equal_bytes(tmp_path: Path) -> None:
-    assert render(tmp_path, events_of()) == render(tmp_path, events_of())
+def test_equal_events_make_equal_bytes(tmp_path: Path, whole: str) -> None:
+    assert render(tmp_path, events_of()) == whole
 
 
-def test_the_guarantee_is_told_in_plain_words(tmp_path: Path) -> None:
-    text = Page(render(tmp_path, events_of())).text
-    assert "Patient-level differential privacy: ε = 2.01, δ = 10⁻⁵" in text  # 2.002, rounded up
+def test_the_guarantee_is_told_in_plain_words(whole: str) -> None:
+    text = Page(whole).text
+    assert "Patient-level differential privacy: ε = 2.01, δ = 10 \N{MINUS SIGN}5" in text  # 2.002, rounded up
     assert "more than 7.5 times as likely" in text  # e^2.002 = 7.404, rounded up
     assert "maximum over the sites" in text
     assert "not been there, or had been there in addition" in text
@@ -220,15 +224,16 @@ def test_a_fixed_noise_seed_raises_an_alarm_and_voids_the_guarantee(tmp_path: Pa
     assert "Patient-level differential privacy" not in page.text
 
 
-def test_results_stand_beside_chance_the_public_start_and_the_run_without_dp(tmp_path: Path) -> None:
-    events = events_of()
-    with_compare = Page(render(tmp_path, events, compare={"without_dp": evaluation(0.8)})).text
+def test_results_stand_beside_chance_the_public_start_and_the_run_without_dp(
+    tmp_path: Path, whole: str
+) -> None:
+    with_compare = Page(render(tmp_path, events_of(), compare={"without_dp": evaluation(0.8)})).text
     assert "Chance Public start After private federation Without DP" in with_compare
     assert "Image to text, R@10 5.0 % 20.0 % 40.0 % 80.0 %" in with_compare
     assert "Zero-shot, macro AUROC 0.500 0.567 0.633 0.767" in with_compare
-    without = Page(render(tmp_path, events)).text
+    without = Page(whole).text
     assert "Without DP" not in without
-    assert "Image to text, R@10 5.0 % 20.0 % 40.0 % Image" not in with_compare
+    assert "Image to text, R@10 5.0 % 20.0 % 40.0 % Text to image" in without
 
 
 def test_what_is_unknown_is_a_dash(tmp_path: Path) -> None:
@@ -256,9 +261,8 @@ def test_names_and_settings_are_escaped(tmp_path: Path) -> None:
     page = Page(text)
     assert "<script" not in text
     assert evil in page.text
-    assert (
-        html.escape("</script>$a$b&", quote=False) in text[text.index("<svg") :]
-    )  # a site's name on an axis
+    axis_labels = re.findall(r"<text[^>]*>([^<]*)</text>", text)
+    assert html.escape(evil, quote=False) in axis_labels
 
 
 def test_a_letter_matplotlib_has_no_shape_for_is_still_written(tmp_path: Path) -> None:
@@ -269,8 +273,8 @@ def test_the_title_replaces_the_name_of_the_run(tmp_path: Path) -> None:
     assert "<h1>For the board</h1>" in render(tmp_path, events_of(), title="For the board")
 
 
-def test_limits_settings_versions_and_cost_are_on_the_page(tmp_path: Path) -> None:
-    text = Page(render(tmp_path, events_of())).text
+def test_limits_settings_versions_and_cost_are_on_the_page(whole: str) -> None:
+    text = Page(whole).text
     for words in (
         "What this does not promise",
         "Nothing against people or code inside the hospital",
@@ -278,7 +282,24 @@ def test_limits_settings_versions_and_cost_are_on_the_page(tmp_path: Path) -> No
         "8 192 of 1 234 567 parameters",
         "model.encoder tiny",
         "flwr 1.41.0",
-        "Train 0:03:00 92 %",
+        "Train 3 min 00 s 91 %",
         "The sites sent 8.0 MB and received 8.0 MB in all",
     ):
         assert words in text
+
+
+def test_before_any_reply_no_epsilon_is_claimed(tmp_path: Path) -> None:
+    text = Page(render(tmp_path, events_of(rounds=0))).text
+    assert "Patient-level differential privacy: ε not known yet" in text
+    assert "not finished" in text
+
+
+def test_what_a_site_spent_stays_spent_when_it_falls_silent_or_repeats_an_old_release(tmp_path: Path) -> None:
+    events = events_of()
+    first, _, again, _ = (past for past in events if past["kind"] == "site_replied")
+    assert (first["site"], again["site"], again["round"]) == ("st-anna", "st-anna", 2)
+    first["epsilon"], again["epsilon"] = 2.5, 0.1
+    row_of_round_2 = "2 {} 0 40.0 % 40.0 % 0.633 2.50"
+    assert row_of_round_2.format(2) in Page(render(tmp_path, events)).text
+    events.remove(again)
+    assert row_of_round_2.format(1) in Page(render(tmp_path, events)).text
