@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Context, Message, RecordDict, UserConfigValue
@@ -71,37 +72,20 @@ def run_on_ray(
         BackendError: Ray is not installed, a Ray is already running here, or there is no such processor.
         Exception: whatever the ServerApp raises.
     """
-    stay_offline()
     if importlib.util.find_spec("ray") is None:
         raise BackendError('ray is not installed: pip install "flwr[simulation]", or run in this process')
-    import ray
     from flwr.simulation import run_simulation
 
-    if ray.is_initialized():
-        raise BackendError("a Ray runtime is already running in this process: call ray.shutdown() first")
     outcome: list[BaseException | None] = []
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        # started here, not by Flower: a Ray that fails to start then raises before the ServerApp waits for it
-        ray.init(
-            num_cpus=cpus,
-            object_store_memory=object_store_bytes,
-            include_dashboard=False,
-            runtime_env={"env_vars": {**OFFLINE, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
-            logging_level="WARNING",
-            log_to_driver=True,
-            _temp_dir=folder,
+    with _ray(cpus, object_store_bytes) as gpus, _errors_only("flwr"):
+        if gpus_per_site > gpus:
+            raise BackendError(f"expected {gpus_per_site=} at most {gpus}, the graphics processors Ray sees")
+        run_simulation(
+            server_app=_configured_server(server_app, run_config, outcome),
+            client_app=_configured_client(client_app, node_configs, run_config),
+            num_supernodes=len(node_configs),
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": gpus_per_site}},
         )
-        try:
-            _require_gpus(ray.cluster_resources().get("GPU", 0.0), gpus_per_site)
-            with _errors_only("flwr"):  # it tells the user of its deprecation, which the pinned version bears
-                run_simulation(
-                    server_app=_configured_server(server_app, run_config, outcome),
-                    client_app=_configured_client(client_app, node_configs, run_config),
-                    num_supernodes=len(node_configs),
-                    backend_config={"client_resources": {"num_cpus": 1, "num_gpus": gpus_per_site}},
-                )
-        finally:
-            ray.shutdown()
     if not outcome:
         raise BackendError("the simulation ended before its ServerApp did: see the log above")
     if outcome[0] is not None:
@@ -109,7 +93,37 @@ def run_on_ray(
 
 
 @contextlib.contextmanager
+def _ray(cpus: int, object_store_bytes: int) -> Iterator[float]:
+    """A Ray runtime that leaves nothing behind; yields how many graphics processors it has.
+
+    Started here and not by Flower: were it to fail there, the ServerApp would wait for its sites in vain.
+    """
+    stay_offline()
+    import ray
+
+    if ray.is_initialized():
+        raise BackendError("a Ray runtime is already running in this process: call ray.shutdown() first")
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        with warnings.catch_warnings():  # its advice about graphics processors is not for our users
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(
+                num_cpus=cpus,
+                object_store_memory=object_store_bytes,
+                include_dashboard=False,
+                runtime_env={"env_vars": {**OFFLINE, "PYTHONPATH": path}},
+                logging_level="WARNING",
+                _temp_dir=folder,
+            )
+        try:
+            yield ray.cluster_resources().get("GPU", 0.0)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
 def _errors_only(name: str) -> Iterator[None]:
+    """Silence a library that tells users of a deprecation which the pinned version bears."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -117,11 +131,6 @@ def _errors_only(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _require_gpus(there: float, wanted: float) -> None:
-    if wanted > there:
-        raise BackendError(f"{wanted=} graphics processors per site, Ray sees {there}: ask for less")
 
 
 def _coordinator_context(run_config: Config) -> Context:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -67,7 +68,7 @@ def save(
     _sync(run_dir)
     _remove_temporaries(folder)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))
-    save_file(arrays, temporary / _ARRAYS)
+    save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, temporary / _ARRAYS)
     manifest = {"version": VERSION, "round": server_round, "sha256": _sha256(temporary / _ARRAYS), **state}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", "utf-8")
     for path in (temporary / _ARRAYS, temporary / _MANIFEST, temporary):

@@ -119,7 +119,7 @@ class FakeSites:
                 facts=facts(site, request.server_round, int(context.node_config["patients"]), replayed),
                 update={name: file[name] for name in file.files},
             )
-        answer = self.reactions.get(site, lambda _, own: own)(request, release)
+        answer = self.reactions.get(site, behave)(request, release)
         return Message(answer if isinstance(answer, RecordDict) else encode(answer), reply_to=message)
 
     def count(self, site: str) -> None:
@@ -148,6 +148,10 @@ def facts(site: str, server_round: int, patients: int, replayed: bool = False) -
         insecure_seed=False,
         replayed=replayed,
     )
+
+
+def behave(request: TrainRequest, release: Release) -> Release:
+    return release
 
 
 def refuse(code: RefusalCode) -> Reaction:

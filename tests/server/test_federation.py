@@ -1,0 +1,121 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.federation import Federation
+from strategies.messages import TrainingPlan
+from strategies.settings import SettingsError
+
+MINIMAL = 'version = 1\nname = "demo"\n[privacy]\nepsilon = 3.0\n'
+
+
+def load(tmp_path: Path, text: str) -> Federation:
+    (tmp_path / "federation.toml").write_text(text)
+    return Federation.load(tmp_path / "federation.toml")
+
+
+def test_the_shortest_file_asks_for_privacy(tmp_path: Path) -> None:
+    federation = load(tmp_path, MINIMAL)
+    assert (federation.privacy.mode, federation.objective.name) == ("dp", "anchored")
+    assert federation.plan().epsilon == 3.0
+
+
+def test_every_field_of_the_plan_comes_from_the_file(tmp_path: Path) -> None:
+    federation = load(
+        tmp_path,
+        """
+version = 1
+name = "demo"
+[share]
+part = "lora"
+lora-rank = 7
+[objective]
+inverse-temperature = 20.0
+anchors = 32
+[privacy]
+epsilon = 2.5
+max-grad-norm = 0.5
+[training]
+rounds = 11
+steps = 13
+batch = 17
+learning-rate = 0.25
+weight-decay = 0.125
+studies-per-patient = 3
+augment = true
+seed = 19
+""",
+    )
+    assert federation.plan() == TrainingPlan(
+        part="lora",
+        lora_rank=7,
+        objective="anchored",
+        inverse_temperature=20.0,
+        anchors=32,
+        privacy="dp",
+        epsilon=2.5,
+        max_grad_norm=0.5,
+        rounds=11,
+        steps=13,
+        batch=17,
+        learning_rate=0.25,
+        weight_decay=0.125,
+        studies_per_patient=3,
+        augment=True,
+        seed=19,
+    )
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    federation = load(
+        tmp_path,
+        MINIMAL
+        + '[model]\nencoder = "encoder"\n[public-start]\ndicom = "public"\nreports = "r.csv"\n'
+        + '[evaluation.data]\ntable = "t.csv"\n[simulation]\nsites = "sites"\n',
+    )
+    assert federation.public_start is not None
+    assert federation.public_start.dicom == tmp_path / "public"
+    assert federation.public_start.reports == tmp_path / "r.csv"
+    assert federation.public_start.labels is None
+    assert federation.evaluation.data is not None
+    assert federation.evaluation.data.table == tmp_path / "t.csv"
+    assert federation.simulation is not None
+    assert federation.simulation.sites == tmp_path / "sites"
+    assert federation.model.encoder == str(tmp_path / "encoder")
+
+
+def test_an_absolute_path_stays(tmp_path: Path) -> None:
+    federation = load(tmp_path, MINIMAL + '[simulation]\ntable = "/data/images.csv"\n')
+    assert federation.simulation is not None
+    assert federation.simulation.table == Path("/data/images.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"objective": {"name": "infonce"}}, "couples the patients of a batch, so no epsilon can be claimed"),
+        ({"privacy": {}}, 'mode "dp" needs epsilon'),
+        ({"privacy": {"mode": "none", "epsilon": 1.0}}, 'mode "none" has none'),
+        ({"privacy": {"epsilon": 0}}, "greater than 0"),
+        ({"version": 2}, "version: Input should be 1"),
+        ({"name": "../up"}, "name: .*pattern"),
+        ({"simulation": {}}, "name one of: sites, table"),
+        ({"simulation": {"sites": "a", "table": "b"}}, "name one of: sites, table"),
+        ({"public-start": {}}, "name one source: table, or dicom with reports"),
+        ({"public-start": {"dicom": "a"}}, "dicom and reports belong together"),
+        ({"strategy": {"min-sites": 0}}, "greater than or equal to 1"),
+        ({"strategy": {"min_site": 1}}, "did you mean 'min-sites'"),
+        ({"training": {"rounds": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(change: dict[str, Any], text: str) -> None:
+    document = {"version": 1, "name": "demo", "privacy": {"epsilon": 3.0}, **change}
+    with pytest.raises(SettingsError, match=text):
+        Federation.parse(document, source="federation.toml")
+
+
+def test_infonce_is_allowed_without_a_claim() -> None:
+    document = {"version": 1, "name": "d", "privacy": {"mode": "none"}, "objective": {"name": "infonce"}}
+    assert Federation.parse(document, source="f").plan().epsilon is None
