@@ -51,24 +51,26 @@ def build_cohort(
     source = _open_source(settings)
     if settings.dicom is not None and out.resolve().is_relative_to(settings.dicom.resolve()):
         raise CohortSettingsError(f"expected the cohort's folder {out} outside of {settings.dicom}")
+    fingerprint = _fingerprint(settings, source)
     with locked(out):
-        fingerprint = _fingerprint(settings, source)
         if stored_fingerprint(out) == fingerprint:
             return open_cohort(out)
-        pairing = Pairing(
-            reports=read_table(settings.reports) if settings.reports else None,
-            labels=read_table(settings.labels) if settings.labels else None,
-        )
-        with (
-            Workers(workers, items=len(source)) as pool,
-            CohortWriter(out, image_size=settings.image_size, key=settings.key) as writer,
-        ):
+    pairing = Pairing(
+        reports=read_table(settings.reports) if settings.reports else None,
+        labels=read_table(settings.labels) if settings.labels else None,
+    )
+    # Processes start before the lock is taken: one that runs the caller's script again, as spawned processes
+    # do, would wait for it for ever.
+    with Workers(workers, items=len(source)) as pool, locked(out):
+        if stored_fingerprint(out) == fingerprint:
+            return open_cohort(out)
+        with CohortWriter(out, image_size=settings.image_size, key=settings.key) as writer:
             _pack(settings, source, pairing, pool, writer, _Progress(2 * len(source), on_progress))
             writer.finish(
                 pipeline=PIPELINE, fingerprint=fingerprint, unpaired_reports=pairing.unpaired_reports
             )
-    logger.info("packed a cohort with pipeline %d", PIPELINE)
-    return open_cohort(out)
+        logger.info("packed a cohort with pipeline %d", PIPELINE)
+        return open_cohort(out)
 
 
 def _open_source(settings: CohortSettings) -> Source:

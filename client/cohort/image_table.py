@@ -1,5 +1,6 @@
 """A table of PNG or JPEG images with texts: how public data sets and research exports come."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ class ImageTable:
     def render(path: Path, size: int) -> Rendered | Rejected:
         """Decode one image and make the packed one; nothing a file holds makes this raise."""
         try:
-            pixels, remarks = _render(path, size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's warnings quote the file
+                pixels, remarks = _render(path, size)
         except RefusedError as refusal:
             return refusal.rejected
         except Exception:  # Pillow raises any type on a damaged file

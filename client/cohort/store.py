@@ -238,7 +238,7 @@ def open_cohort(out: Path) -> Cohort:
     manifest = _manifest(out)
     try:
         images = np.load(out / IMAGES, mmap_mode="r", allow_pickle=False)
-        with np.load(out / INDEX, allow_pickle=False) as arrays:
+        with open(out / INDEX, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             index = dict(arrays)
         text, ends = index["texts"].tobytes(), index["text_ends"].tolist()
         cohort = Cohort(
@@ -255,7 +255,7 @@ def open_cohort(out: Path) -> Cohort:
             codes={Code[code]: count for code, count in manifest["codes"].items()},
             unpaired_reports=manifest["unpaired_reports"],
         )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise StoredCohortError(f"the cohort in {out} is damaged; remove it and build it again") from error
     size = manifest["image_size"]
     if images.shape != (len(cohort), size, size) or len(cohort) != manifest["rows"]:

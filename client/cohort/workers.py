@@ -1,5 +1,6 @@
 """An ordered map over processes that a crashing item cannot stop."""
 
+import logging
 import multiprocessing
 import os
 from collections import deque
@@ -14,6 +15,8 @@ from client.cohort.sources import R, T
 
 CHUNK = 32  # results of one chunk wait in memory: 1.6 MB of packed images at 224 pixels
 MIN_ITEMS = 256  # below this, starting processes costs more than they save
+logger = logging.getLogger(f"clipward.{__name__}")
+
 CRASHED = Rejected(State.QUARANTINED, Code.E_CRASHED)
 
 
@@ -27,7 +30,7 @@ class Workers:
         """Use ``count`` processes, or one per core where there are enough ``items`` to pay for them."""
         automatic = len(os.sched_getaffinity(0)) if items >= MIN_ITEMS else 1
         self._count = automatic if count is None else count
-        self._pool = self._start(self._count) if self._count > 1 else None
+        self._pool = _started(self._count) if self._count > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -57,27 +60,40 @@ class Workers:
                 yield from future.result()
             except BrokenProcessPool:
                 pool.shutdown()
-                pool = self._pool = self._start(self._count)
-                # Every chunk in flight failed with the pool; only one of them is to blame.
-                suspects = [chunk, *(other for other, _ in flying)]
+                pool = self._pool = _pool(self._count)
+                # Every chunk in flight failed with the pool; only one item in them is to blame.
+                suspects = [*chunk, *(item for other, _ in flying for item in other)]
                 flying.clear()
-                for suspect in suspects:
-                    yield from self._alone(function, suspect)
+                yield from _one_by_one(function, suspects)
 
-    def _alone(self, function: Callable[[T], R], chunk: Sequence[T]) -> list[R | Rejected]:
-        """Run a suspect chunk in a process of its own, halving it until the culprit is left."""
-        with self._start(1) as pool:
+
+def _one_by_one(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R | Rejected]:
+    waiting = deque(items)
+    while waiting:
+        with _pool(1) as pool:
             try:
-                return list(pool.submit(_apply, function, chunk).result())
+                while waiting:
+                    yield pool.submit(function, waiting[0]).result()
+                    waiting.popleft()
             except BrokenProcessPool:
-                if len(chunk) == 1:
-                    return [CRASHED]
-        half = len(chunk) // 2
-        return [*self._alone(function, chunk[:half]), *self._alone(function, chunk[half:])]
+                waiting.popleft()
+                yield CRASHED
 
-    @staticmethod
-    def _start(count: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+def _started(count: int) -> ProcessPoolExecutor | None:
+    """Return a pool that works, or None: a caller's script without a main guard starts no processes."""
+    pool = _pool(count)
+    try:
+        pool.submit(_apply, str, ()).result()
+    except BrokenProcessPool:
+        logger.warning("worker processes do not start from this program; reading in one process")
+        pool.shutdown()
+        return None
+    return pool
+
+
+def _pool(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _apply(function: Callable[[T], R], chunk: Sequence[T]) -> list[R]:
