@@ -9,7 +9,6 @@ from PIL import Image
 from pydicom import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi
 
-from client.cohort.dicom_file import MAX_PIXELS as MAX_PIXELS
 from client.cohort.dicom_file import decode
 from client.cohort.outcomes import Code, RefusedError, State
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from client.cohort import display
+from client.cohort.dicom_file import MAX_PIXELS
 from client.cohort.errors import EmptyCohortError
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
 from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
@@ -128,7 +129,7 @@ class _Columns:
 
 def _render(path: Path, size: int) -> tuple[display.Grey8, Sequence[Code]]:
     with Image.open(path) as image:
-        if image.width * image.height > display.MAX_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise RefusedError(State.QUARANTINED, Code.E_TOO_LARGE)
         if image.mode not in _DISPLAY_MODES:  # 16 or 32 bit, which Pillow would clip rather than scale
             return display.grey_image(np.asarray(image), size=size)

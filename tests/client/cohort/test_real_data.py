@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.cohort import Cohort, CohortSettings, State, build_cohort
+from client.cohort import Code, Cohort, CohortSettings, State, build_cohort
 from client.cohort.display import fit_square
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -36,9 +36,13 @@ def manifest() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def states(cohort_folder: Path) -> dict[str, State]:
+def quarantine(cohort_folder: Path) -> list[dict[str, str]]:
     with open(cohort_folder / "quarantine.csv", encoding="utf-8") as file:
-        return {line["path"]: State(line["state"]) for line in csv.DictReader(file)}
+        return list(csv.DictReader(file))
+
+
+def states(cohort_folder: Path) -> dict[str, State]:
+    return {line["path"]: State(line["state"]) for line in quarantine(cohort_folder)}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +69,12 @@ def test_every_file_ends_as_the_manifest_says(whole: tuple[Cohort, Path]) -> Non
 
 def test_used_files_show_the_pixels_they_were_made_from(whole: tuple[Cohort, Path]) -> None:
     cohort, folder = whole
-    remarked = states(folder)
+    stretched = {line["path"] for line in quarantine(folder) if line["code"] == Code.W_WINDOW_FALLBACK}
     used = sorted(row["file"] for row in manifest() if row["expect"].startswith("use"))
     for file, pixels, text in zip(used, cohort.images, cohort.texts, strict=True):
         with Image.open(RADIOGRAPHS / text) as image:
             grey = np.asarray(image.convert("L"), dtype=np.float32) / np.float32(255)
-        low, high = np.percentile(grey, (0.5, 99.5)) if file in remarked else (0.0, 1.0)
+        low, high = np.percentile(grey, (0.5, 99.5)) if file in stretched else (0.0, 1.0)
         shown = np.clip((grey - low) / (high - low), 0, 1).astype(np.float32)
         difference = np.abs(pixels - fit_square(shown, size=256).astype(int))
         assert difference.max() <= 2 / (high - low), file  # a grey level, stretched like the picture
