@@ -110,8 +110,16 @@ def test_no_events_cost_nothing() -> None:
     assert epsilon([], delta=1e-5) == 0.0
 
 
-def test_noise_without_end_costs_nothing() -> None:
-    assert epsilon([mechanism(0.01, 1e6, 1)], delta=1e-5) == 0.0
+def test_noise_without_end_costs_next_to_nothing() -> None:
+    assert epsilon([mechanism(0.01, 1e6, 1)], delta=1e-5) <= 2e-4
+
+
+def test_a_renyi_accountant_that_rounds_to_zero_does_not_drag_epsilon_below_the_closed_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(accounting, "_google_rdp_epsilon", lambda *_: 0.0)
+    exact = exact_gaussian_epsilon(1e5, 1, 1e-7)
+    assert 0 < exact <= epsilon([mechanism(1.0, 1e5, 1)], delta=1e-7)
 
 
 def test_a_group_of_equal_events_costs_what_one_merged_event_costs() -> None:
@@ -151,11 +159,18 @@ def test_more_steps_or_a_smaller_delta_cost_more_and_more_noise_costs_less(
 
 @pytest.mark.parametrize("noise_multiplier", [1e-3, 0.1, 0.2])
 def test_a_ruinous_mechanism_is_answered_with_a_large_number_in_little_time(noise_multiplier: float) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert epsilon([mechanism(0.5, noise_multiplier, 100_000)], delta=1e-5) > 1_000
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
+@pytest.fixture
+def one_finer_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finest grids only take time where the answer is no."""
+    monkeypatch.setattr(accounting, "_FINER_GRIDS", (1e-4,))
+
+
+@pytest.mark.usefixtures("one_finer_grid")
 def test_a_distribution_above_renyi_on_every_grid_is_a_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = accounting._pld_epsilon
     monkeypatch.setattr(accounting, "_pld_epsilon", lambda *args, grid: 1.5 * honest(*args, grid=grid))
@@ -163,6 +178,7 @@ def test_a_distribution_above_renyi_on_every_grid_is_a_disagreement(monkeypatch:
         epsilon([mechanism(0.001, 3.0, 10_001)], delta=1e-5)
 
 
+@pytest.mark.usefixtures("one_finer_grid")
 @pytest.mark.parametrize("accountant", ["_google_rdp_epsilon", "_opacus_rdp_epsilon"])
 def test_either_renyi_accountant_below_the_distribution_is_a_disagreement(
     monkeypatch: pytest.MonkeyPatch, accountant: str
