@@ -109,6 +109,9 @@ class FakeSites:
         request = decode(message.content)
         assert isinstance(request, TrainRequest)
         site = str(context.node_config["site"])
+        if not (self.folder / f"{site}-{request.bundle}").exists():
+            lacking = Refusal(site=site, code=RefusalCode.MODEL, incident="0badcafe")
+            return Message(encode(lacking), reply_to=message)
         stored = self.folder / f"{site}-{request.digest}.npz"
         replayed = stored.exists()
         if not replayed:
