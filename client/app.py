@@ -5,7 +5,10 @@ becomes a code of the closed list and the number under which the site's own log 
 """
 
 import logging
+import os
+import traceback
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -32,6 +35,7 @@ from strategies.messages import (
 )
 
 logger = logging.getLogger(f"clipward.{__name__}")
+LOG_FILE = "site.log"
 T = TypeVar("T", Hello, PublicBundle, TrainRequest)
 
 app = ClientApp()
@@ -78,23 +82,32 @@ def _answered(
     expected: type[T],
     answer: Callable[[Site, T], SiteFacts | Installed | Release],
 ) -> Message:
-    name = "unknown"
+    site = None
     try:
         site = Site.open(site_folder(context))
-        name = site.name
         content = encode(answer(site, require(decode(message.content), expected)))
     except Refused as refused:
-        content = _refusal(name, refused.code, refused)
+        content = _refusal(site, refused.code, refused)
     except MessageError as error:
-        content = _refusal(name, RefusalCode.MESSAGE, error)
+        content = _refusal(site, RefusalCode.MESSAGE, error)
     except Exception as error:
-        content = _refusal(name, RefusalCode.FAILED, error)
+        content = _refusal(site, RefusalCode.FAILED, error)
     return Message(content, reply_to=message)
 
 
-def _refusal(site: str, code: RefusalCode, cause: Exception) -> RecordDict:
+def _refusal(site: Site | None, code: RefusalCode, cause: Exception) -> RecordDict:
     incident = uuid4().hex[:8]
-    # The traceback may quote files and values: it goes to the site's own log, at a level nobody forwards.
-    logger.warning("refused with code %s, incident %s", code, incident)
-    logging.getLogger("clipward.site").error("incident %s", incident, exc_info=cause)
-    return encode(Refusal(site=site, code=code, incident=incident))
+    name = site.name if site else "unknown"
+    logger.warning("%s refused with code %s; its %s says why: incident %s", name, code, LOG_FILE, incident)
+    if site:
+        _log_locally(site.folder / LOG_FILE, incident, code, cause)
+    return encode(Refusal(site=name, code=code, incident=incident))
+
+
+def _log_locally(path: Path, incident: str, code: RefusalCode, cause: Exception) -> None:
+    """Append the whole cause to the site's own log, which only its owner may read: it may quote anything."""
+    moment = datetime.now(UTC).isoformat(timespec="seconds")
+    trace = "".join(traceback.format_exception(cause))
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(handle, "a", encoding="utf-8") as file:
+        file.write(f"{moment} incident {incident} code {code}\n{trace}\n")

@@ -1,16 +1,16 @@
 """A whole federation on one machine: the same ServerApp and ClientApp as in hospitals, another engine."""
 
-import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tomli_w
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from encoders.parts import TrainablePart
 from server import checkpoints
 from server.app import coordinate
 from server.evaluation import EvaluationSet, evaluator
-from server.federation import Federation, Simulation
+from server.federation import Federation, Privacy, Simulation
 from server.metrics import Event, read_events
 from server.start import STARTS, Prepared, part_of, start_of
 from strategies.settings import SettingsError
@@ -56,6 +56,7 @@ def simulate(
     runs: Path,
     backend: Backend = "in-process",
     resume: bool = False,
+    compare: Mapping[str, Any] | None = None,
     listeners: Sequence[Callable[[Event], None]] = (),
     on_progress: Progress | None = None,
 ) -> Result:
@@ -69,6 +70,7 @@ def simulate(
         runs: Folder of all runs.
         backend: In this process, or on Ray.
         resume: Go on with a run that was interrupted.
+        compare: Evaluations of other models on the same data, by name, for summary and report.
         listeners: Told every event.
         on_progress: Told of the work before the first round.
 
@@ -99,21 +101,29 @@ def simulate(
 
     engine = run_on_ray if backend == "ray" else run_in_process
     engine(server_app, client_app, node_configs=[{"site": str(folder)} for folder in folders], run_config={})
-    return finish(federation, run_dir, prepared)
+    return finish(federation, run_dir, prepared, compare=compare)
 
 
-def finish(federation: Federation, run_dir: Path, prepared: Prepared) -> Result:
-    """Write what a finished run leaves: ``model/``, ``summary.json``, ``report.html``."""
+def finish(
+    federation: Federation, run_dir: Path, prepared: Prepared, *, compare: Mapping[str, Any] | None = None
+) -> Result:
+    """Write what a finished run leaves: ``model/``, ``summary.json``, ``report.html``.
+
+    Args:
+        federation: The run's settings.
+        run_dir: Its folder.
+        prepared: Its start.
+        compare: Evaluations of other models on the same data, by name.
+    """
     checkpoint = checkpoints.load_latest(run_dir)
     if checkpoint is not None:
         part = part_of(federation, prepared.bundle)
         part.load(checkpoint.arrays)
         _export(part, run_dir / "model")
     events = read_events(run_dir / "metrics.jsonl")
-    summary = summarise(events)
-    write_summary(run_dir / "summary.json", summary)
-    result = Result(summary=summary, run_dir=run_dir)
-    write_report(result.report, events=events, summary=summary)
+    result = Result(summary=summarise(events, compare=compare), run_dir=run_dir)
+    write_summary(run_dir / "summary.json", result.summary)
+    write_report(result.report, events=events, summary=result.summary)
     return result
 
 
@@ -145,28 +155,56 @@ def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
     for name in sorted(patients):
         folder = root / re.sub(r"[^A-Za-z0-9._-]+", "-", name)
         folder.mkdir(parents=True, exist_ok=True)
-        policy = simulation.policy
-        write_text(
-            folder / SITE_FILE,
-            f"""\
-# Cut from an image table for a simulation.
-version = 1
-name = {json.dumps(folder.name)}
-
-[cohort]
-table = {json.dumps(str(table))}
-where = {{ {json.dumps(column)} = {json.dumps(name)} }}
-patients-declared = {len(patients[name])}
-image-size = {simulation.image_size}
-
-[policy]
-require-dp = {str(policy.require_dp).lower()}
-epsilon-max = {policy.epsilon_max}
-min-patients = {policy.min_patients}
-""",
+        _write_site(
+            folder,
+            {
+                "version": 1,
+                "name": folder.name,
+                "cohort": {
+                    "table": str(table),
+                    "where": {column: name},
+                    "patients-declared": len(patients[name]),
+                    "image-size": simulation.image_size,
+                },
+                "policy": simulation.policy.model_dump(mode="json", by_alias=True),
+            },
         )
         folders.append(folder)
     return folders
+
+
+def without_privacy(federation: Federation, *, runs: Path) -> Federation:
+    """The same federation without differential privacy, over sites that allow it, for comparison.
+
+    The sites are new folders in the run's own folder that share the packed cohorts of the given ones; the
+    given sites, their policies and their ledgers are not touched.
+    """
+    name = f"{federation.name}-without-dp"
+    root = runs / name / "sites"
+    for folder in prepare_sites(federation, runs / federation.name):
+        site = Site.open(folder)
+        settings = site.settings.model_dump(mode="json", by_alias=True, exclude_none=True)
+        settings["policy"]["require-dp"] = False
+        for source in ("dicom", "reports", "labels", "table"):
+            if source in settings["cohort"]:
+                settings["cohort"][source] = str((folder / settings["cohort"][source]).resolve())
+        _write_site(root / folder.name, settings)
+        shared = root / folder.name / "cohort"
+        if not shared.exists():
+            shared.symlink_to((folder / "cohort").resolve(), target_is_directory=True)
+    return federation.model_copy(
+        update={
+            "name": name,
+            "privacy": Privacy(mode="none"),
+            "objective": federation.objective.model_copy(update={"name": "infonce"}),
+            "simulation": Simulation(sites=root),
+        }
+    )
+
+
+def _write_site(folder: Path, settings: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / SITE_FILE, "# Made for a simulation.\n" + tomli_w.dumps(settings))
 
 
 def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet | None:

@@ -22,7 +22,7 @@ WORDING_WEIGHT = 20
 
 
 def public_text() -> list[str]:
-    """Names of the DICOM dictionary and registry (PS3.6), coded concepts (PS3.16), report wording, prompts."""
+    """DICOM names (PS3.6), coded concepts (PS3.16), report wording, prompts."""
     attributes = [entry[2] for entry in DicomDictionary.values()]
     registered = [entry[0] for entry in UID_dictionary.values()]
     coded = [

@@ -119,7 +119,8 @@ class Evaluation(Settings):
 
     Attributes:
         every: Rounds between evaluations; the start and the last round are always evaluated.
-        data: Public data for a deployed coordinator. A simulation evaluates on the held-out patients of all its sites.
+        data: Public data for a deployed coordinator. A simulation evaluates on the held-out patients
+            of all its sites.
     """
 
     every: int = Field(default=1, ge=1)
@@ -177,8 +178,8 @@ class Federation(Settings):
     def _claims_are_sound(self) -> Self:
         if self.privacy.mode == "dp" and self.objective.name == "infonce":
             raise ValueError(
-                "objective.name 'infonce' couples the patients of a batch, so no epsilon can be claimed for it; "
-                "use objective.name = 'anchored', or privacy.mode = 'none' and no claim"
+                "objective.name 'infonce' couples the patients of a batch, so no epsilon can be claimed "
+                "for it; use objective.name = 'anchored', or privacy.mode = 'none' and no claim"
             )
         return self
 

@@ -43,7 +43,13 @@ class Prepared:
 def start_folder(federation: Federation, cache: Path) -> Path:
     """Where the start of this federation is kept: runs with equal model, public data and anchors share it."""
     relevant = federation.model_dump(
-        mode="json", include={"model", "public_start", "objective", "evaluation"}
+        mode="json",
+        include={
+            "model": True,
+            "public_start": True,
+            "evaluation": {"data"},
+            "objective": {"inverse_temperature", "anchors"},
+        },
     )
     return cache / hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
