@@ -1,7 +1,7 @@
 """The consortium's file, `federation.toml`: which model, which objective, which privacy, how many rounds."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -206,6 +206,15 @@ class Federation(Settings):
         if local.is_dir():
             changes["model"] = self.model.model_copy(update={"encoder": str(local)})
         return self.model_copy(update=changes)
+
+    def public_settings(self) -> dict[str, Any]:
+        """The settings as they may be shown to anyone: JSON-ready, without a path of this machine."""
+        shown = self.model_dump(mode="json", by_alias=True, exclude={"simulation"}, exclude_none=True)
+        for table in (shown.get("public-start", {}), shown["evaluation"].get("data", {})):
+            for source in ("dicom", "reports", "labels", "table"):
+                table.pop(source, None)
+        shown["model"]["encoder"] = Path(self.model.encoder).name
+        return shown
 
     def plan(self) -> TrainingPlan:
         """What every site is asked to do in every round."""

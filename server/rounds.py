@@ -96,7 +96,7 @@ class _Run:
         rounds = self._federation.training.rounds
         if done is None:
             sites = self._gather(1)
-            self._log.record("run_started", **_facts(self._federation, sites))
+            self._log.record("run_started", **_facts(self._federation, self._start, sites))
             done = Checkpoint(0, self._start.arrays, {"summary": None})
             self._save(done)
         else:
@@ -223,11 +223,17 @@ def _identity(federation: Federation, start: Start) -> dict[str, Any]:
     return {"bundle": start.bundle.digest, "settings": {"name": federation.name, **strategy, **plan}}
 
 
-def _facts(federation: Federation, sites: Iterable[Site]) -> dict[str, Any]:
+def _facts(federation: Federation, start: Start, sites: Iterable[Site]) -> dict[str, Any]:
     privacy = federation.privacy
     return {
         "run": federation.name,
+        "objective": federation.objective.name,
         "part": federation.share.part,
+        "parameters": {
+            "total": sum(value.size for value in start.bundle.weights.values()),
+            "trainable": sum(value.size for value in start.arrays.values()),
+        },
+        "config": federation.public_settings(),
         "rounds": federation.training.rounds,
         "sites": [site.name for site in sites],
         "privacy": {
