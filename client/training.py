@@ -126,7 +126,7 @@ def _difference(after: Arrays, before: Arrays) -> Arrays:
 def _rows_by_patient(patients: NDArray[np.integer[Any]]) -> list[NDArray[np.intp]]:
     order = np.argsort(patients, kind="stable")
     _, starts = np.unique(patients[order], return_index=True)
-    return np.split(order, starts[1:])
+    return np.split(order, starts)[1:]  # what lies before the first start is empty
 
 
 def _patient_batch(
@@ -147,7 +147,7 @@ def _patient_batch(
         weights[place, : len(chosen)] = 1 / len(chosen)
     picked = torch.from_numpy(rows)
     images = data.pairs.images[picked]
-    if augmented and images.dtype == torch.uint8 and len(patients):
+    if augmented and images.dtype == torch.uint8:
         images = augment(images.flatten(0, 1), rng=sampling).view_as(images)
     texts = data.pairs.texts[picked]
     return {

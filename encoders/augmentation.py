@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LARGEST_SHIFT = 1 / 12
 CONTRAST = 0.2
@@ -14,14 +13,10 @@ def augment(images: Tensor, *, rng: np.random.Generator) -> Tensor:
     """Each image, uint8 (B, H, H), moved by up to H/12 pixels and re-exposed, in a new tensor."""
     count, size, _ = images.shape
     reach = max(1, round(size * LARGEST_SHIFT))
-    padded = F.pad(images.to(torch.float32).unsqueeze(1), (reach,) * 4, mode="replicate").squeeze(1)
-    shifts = rng.integers(0, 2 * reach + 1, size=(count, 2))
-    moved = torch.stack(
-        [
-            image[top : top + size, left : left + size]
-            for image, (top, left) in zip(padded, shifts, strict=True)
-        ]
-    )
+    shifts = torch.from_numpy(rng.integers(-reach, reach + 1, size=(count, 2, 1)))
+    rows, columns = (torch.arange(size) + shifts).clamp(0, size - 1).to(images.device).unbind(1)
+    each = torch.arange(count, device=images.device).view(-1, 1, 1)
+    moved = images[each, rows.unsqueeze(2), columns.unsqueeze(1)].to(torch.float32)  # the border repeats
     contrast, brightness = (
         torch.from_numpy(rng.uniform(-spread, spread, size=(count, 1, 1)).astype(np.float32)).to(
             images.device

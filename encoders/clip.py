@@ -172,7 +172,7 @@ def load(folder: Path) -> ClipEncoder:
     """A CLIP model from a local Hugging Face folder; nothing is fetched.
 
     Raises:
-        EncoderError: no such folder, or another kind of model in it.
+        EncoderError: no such folder, another kind of model in it, or parts that do not belong together.
     """
     if not (folder / "config.json").is_file():
         known = ", ".join(ARCHITECTURES)
@@ -182,15 +182,41 @@ def load(folder: Path) -> ClipEncoder:
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "clip":
         raise EncoderError(f"{folder} holds a {kind!r} model; only 'clip' can be loaded")
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager")
+    model, loading = CLIPModel.from_pretrained(
+        folder, local_files_only=True, attn_implementation="eager", output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise EncoderError(f"{folder} lacks {len(missing)} weights of its model, first {missing[0]}")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not isinstance(tokenizer, CLIPTokenizer):
         raise EncoderError(f"{folder}: expected a CLIP tokenizer, got {type(tokenizer).__name__}")
-    return ClipEncoder(
+    loaded = ClipEncoder(
         model=model.to(torch.float32).eval(),
         tokenizer=TextTokenizer(tokenizer, max_tokens=model.config.text_config.max_position_embeddings),
         preprocessing=_saved_preprocessing(folder),
     )
+    _check_parts_fit(loaded, folder)
+    return loaded
+
+
+def _check_parts_fit(encoder: ClipEncoder, folder: Path) -> None:
+    text, tokenizer = encoder.model.config.text_config, encoder.tokenizer
+    if tokenizer.vocabulary_size > text.vocab_size:
+        raise EncoderError(
+            f"{folder}: the tokenizer has {tokenizer.vocabulary_size} tokens, the model {text.vocab_size}"
+        )
+    # Configurations older than transformers 4.31 say 2 and mean the token with the highest id.
+    pooled = tokenizer.vocabulary_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    if tokenizer.eos_token_id != pooled:
+        raise EncoderError(
+            f"{folder}: the model reads the text's embedding at token {pooled}, and the tokenizer ends texts "
+            f"with {tokenizer.eos_token_id}; correct eos_token_id in config.json"
+        )
+    expected, found = encoder.model.config.vision_config.image_size, encoder.preprocessing.image_size
+    if expected != found:
+        raise EncoderError(
+            f"{folder}: the model takes images of {expected} pixels, its preprocessor makes {found}"
+        )
 
 
 def _saved_preprocessing(folder: Path) -> Preprocessing:
@@ -261,7 +287,7 @@ def _untrained(config: CLIPConfig, *, seed: int) -> CLIPModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # initial weights only; noise never comes from torch's global generator
         model = CLIPModel._from_config(config, attn_implementation="eager")
-    return model.eval()
+    return model.to(torch.float32).eval()
 
 
 def _load(model: CLIPModel, weights: Mapping[str, NDArray[Any]]) -> None:

@@ -164,10 +164,9 @@ class LoraPart(FullPart):
         copy = ClipEncoder.parse(encoder.describe(), encoder.weights())
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, lora_dropout=0.0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                0
-            )  # the first factor's start is part of the public model, the same at every site
+            torch.manual_seed(0)  # the first factor's start is public, the same at every site
             inject_adapter_in_model(config, copy.model)
+        copy.model.to(encoder.device)
         super().__init__(copy)
         for name, value in copy.model.named_parameters():
             value.requires_grad_("lora_" in name or name in PROJECTIONS)

@@ -39,7 +39,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise EncoderError(f"expected image_size={self.image_size} >= 1")
-        if len(self.mean) != CHANNELS or len(self.std) != CHANNELS or not min(self.std) > 0:
+        if len(self.mean) != CHANNELS or len(self.std) != CHANNELS or not all(std > 0 for std in self.std):
             raise EncoderError(
                 f"expected {CHANNELS} means and positive deviations: {self.mean=}, {self.std=}"
             )
@@ -97,19 +97,22 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, settings: dict[str, Any]) -> Self:
-        """Read a Hugging Face ``preprocessor_config.json``.
+        """Read a Hugging Face ``preprocessor_config.json``; what it leaves out has the library's default.
+
+        Where the file resizes to more than it then crops, the whole image is resized to the crop: findings
+        lie at the border too.
 
         Raises:
-            EncoderError: no size in it.
+            EncoderError: a step of CLIP's preprocessing is switched off.
         """
-        size = settings.get("crop_size") or settings.get("size")
-        if isinstance(size, dict):
-            size = size.get("height") or size.get("shortest_edge")
-        if not size:
-            raise EncoderError("preprocessor_config.json names no size; add size = {height, width}")
+        processor = CLIPImageProcessorPil(**settings)
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            if not getattr(processor, step):
+                raise EncoderError(f"the image processor has {step} = false; only CLIP's own steps are known")
+        size = processor.crop_size if processor.do_center_crop else processor.size
         return cls(
-            image_size=int(size),
-            mean=tuple(settings.get("image_mean", cls.mean)),
-            std=tuple(settings.get("image_std", cls.std)),
-            resample=int(settings.get("resample", cls.resample)),
+            image_size=int(size["height"] or size["shortest_edge"]),
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            resample=int(processor.resample),
         )

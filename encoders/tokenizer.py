@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -16,11 +17,12 @@ from transformers import CLIPTokenizer
 from encoders.errors import EncoderError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
 VOCABULARY = "radiology_bpe.json"
 
 
 class TextTokenizer:
-    """Byte-pair tokenizer with CLIP's rules; every string can be encoded, unknown words in pieces.
+    """Byte-pair tokenizer with CLIP's rules; unknown words are encoded in pieces.
 
     Guarantees:
         ``TextTokenizer.parse(t.describe())`` encodes every text exactly as ``t``, on any machine.
@@ -50,9 +52,7 @@ class TextTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready: vocabulary, merges, longest text."""
-        model = json.loads(self.hugging_face.backend_tokenizer.to_str())["model"]
-        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-        return {"vocabulary": model["vocab"], "merges": list(pairs), "max_tokens": self.max_tokens}
+        return {**_entries(self.hugging_face.backend_tokenizer), "max_tokens": self.max_tokens}
 
     @cached_property
     def digest(self) -> str:
@@ -72,7 +72,12 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64, shape (B, L), L the longest text's length, at most ``max_tokens``."""
         encoded = self.hugging_face(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens,
+            split_special_tokens=True,  # a text that spells an end token does not end there
+            return_tensors="pt",
         )
         ids: Tensor = encoded["input_ids"]
         return ids.to(torch.int64)
@@ -81,27 +86,38 @@ class TextTokenizer:
 def train_vocabulary(texts: Iterable[str], *, size: int) -> dict[str, Any]:
     """A vocabulary of at most ``size`` entries for `TextTokenizer.parse` (without ``max_tokens``).
 
-    Deterministic in ``texts``. Only public text may go in: a vocabulary is released with the model.
+    The same for the same ``texts`` in every process. Only public text may go in: a vocabulary is released
+    with the model.
+
+    Guarantees:
+        Every string can be encoded: each byte is an entry, within a word and at its end. A byte without one
+        would become CLIP's unknown token, which is its end token, and hide the rest of the text.
+
+    Args:
+        texts: What to learn pieces from.
+        size: At least 514: both special tokens and each byte twice.
 
     Source:
         Byte-level BPE with CLIP's normalisation, Radford et al. (2021), section 2.4.
     """
+    # Word ends are announced as special tokens because the trainer numbers those first: it numbers what it
+    # meets by chance, and breaks ties between merges by number.
+    alphabet = sorted(ByteLevel.alphabet())
+    announced = [BOS, EOS, *(byte + WORD_END for byte in alphabet)]
     pipeline: Tokenizer = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
     trainer = BpeTrainer(
         vocab_size=size,
         min_frequency=2,
-        special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
-        initial_alphabet=sorted(_byte_alphabet()),
-        end_of_word_suffix="</w>",
+        special_tokens=[AddedToken(token, special=True) for token in announced],
+        initial_alphabet=alphabet,
+        end_of_word_suffix=WORD_END,
         show_progress=False,
     )
     pipeline.train_from_iterator(texts, trainer)
+    return _entries(pipeline)
+
+
+def _entries(pipeline: Tokenizer) -> dict[str, Any]:
     model = json.loads(pipeline.to_str())["model"]
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     return {"vocabulary": model["vocab"], "merges": list(pairs)}
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return list(ByteLevel.alphabet())

@@ -104,9 +104,14 @@ def raw_norms(gradients: Mapping[str, Tensor]) -> Tensor:
 
 
 def clip_factors(norms: Tensor, *, max_grad_norm: float) -> Tensor:
-    """min(1, C / norm) of each row; 0 where the norm is not finite. Shape (P,)."""
+    """min(1, C / norm) of each row, or 0. Shape (P,).
+
+    It is 0 where the norm is not finite, and where float32 would round the factor by more than its last bit
+    (below 1.2e-38, its smallest normal number), which could take the clipped row past C.
+    """
     factors = (max_grad_norm / norms.clamp_min(1e-300)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    exact = torch.isfinite(norms) & (factors >= torch.finfo(torch.float32).tiny)
+    return torch.where(exact, factors, torch.zeros_like(factors))
 
 
 def refuse_batch_statistics(module: nn.Module) -> None:

@@ -9,6 +9,10 @@ from privacy.accounting import PoissonGaussian
 from privacy.errors import UnsoundTraining
 from privacy.noise import GaussianNoise
 
+# Far beyond any useful bound, far within what float32 resolves: outside, a coordinator could ask for noise
+# that rounds to nothing or to infinity.
+LEAST_NORM, LARGEST_NORM = 1e-12, 1e12
+
 
 @dataclass(frozen=True, kw_only=True)
 class DpSgd:
@@ -20,10 +24,14 @@ class DpSgd:
         adding or removing one patient.
 
     Attributes:
-        max_grad_norm: C, the bound on a patient's gradient.
+        max_grad_norm: C, the bound on a patient's gradient, in [1e-12, 1e12].
         noise_multiplier: Noise standard deviation divided by the sensitivity.
         sample_rate: Probability that a patient joins a step; a public constant.
         steps: Number of steps; a public constant.
+
+    Raises:
+        UnsoundTraining: ``max_grad_norm`` is out of its range, or not a number.
+        ValueError: another attribute is out of its range (see `PoissonGaussian`).
 
     Source:
         Abadi et al. (2016), algorithm 1, with patients as the unit.
@@ -39,8 +47,11 @@ class DpSgd:
     sampler = "poisson"
 
     def __post_init__(self) -> None:
-        if not self.max_grad_norm > 0:
-            raise UnsoundTraining(f"expected max_grad_norm={self.max_grad_norm} > 0")
+        if not LEAST_NORM <= self.max_grad_norm <= LARGEST_NORM:
+            raise UnsoundTraining(
+                f"expected max_grad_norm={self.max_grad_norm} in [{LEAST_NORM}, {LARGEST_NORM}]: "
+                "float32 would round the bound and its noise"
+            )
         _ = self.event  # checks the other three
 
     @property

@@ -1,0 +1,92 @@
+"""Plain contrastive training: every pair has its turn, the loss goes down, the same seed gives the same."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from encoders.fitting import LARGEST_GRADIENT, Pairs, fit_infonce, shuffled_batches
+from encoders.objectives import infonce_loss
+from encoders.parts import TrainablePart, trainable_part
+from tests.encoders.micro import micro_encoder, random_images
+
+TEXTS = ["clear lungs", "large heart", "Clear lungs", "pleural effusion", "no pneumothorax"]
+IMAGES = random_images(len(TEXTS))
+
+
+def part_of() -> TrainablePart:
+    return trainable_part(micro_encoder(), "full", lora_rank=1)
+
+
+def loss_of(part: TrainablePart, pairs: Pairs) -> float:
+    keys = pairs.text_keys
+    with torch.no_grad():
+        embeddings = part.module(pairs.images, pairs.texts)
+        return float(
+            infonce_loss(*embeddings, same_text=keys[:, None] == keys[None, :], inverse_temperature=5.0)
+        )
+
+
+def fit(
+    part: TrainablePart, *, steps: int, augmented: bool = False, learning_rate: float = 0.01
+) -> list[int]:
+    seen: list[int] = []
+    fit_infonce(
+        part,
+        Pairs.of(part, IMAGES, TEXTS),
+        optimizer=torch.optim.SGD(list(part.parameters().values()), lr=learning_rate),
+        steps=steps,
+        batch=5,
+        inverse_temperature=5.0,
+        augmented=augmented,
+        rng=np.random.default_rng(0),
+        on_step=seen.append,
+    )
+    return seen
+
+
+def test_pairs_know_which_texts_are_equal() -> None:
+    pairs = Pairs.of(part_of(), IMAGES, TEXTS)
+    assert pairs.text_keys.tolist() == [0, 1, 0, 2, 3]
+    assert len(pairs) == len(pairs.images) == len(pairs.texts) == 5
+
+
+def test_the_loss_goes_down_and_every_step_is_told() -> None:
+    part = part_of()
+    pairs = Pairs.of(part, IMAGES, TEXTS)
+    before = loss_of(part, pairs)
+    assert fit(part, steps=30, learning_rate=0.2) == list(range(30))
+    assert loss_of(part, pairs) < 0.7 * before
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_the_same_seed_gives_the_same_weights(augmented: bool) -> None:
+    first, second = part_of(), part_of()
+    for part in (first, second):
+        fit(part, steps=2, augmented=augmented)
+    for name, value in first.arrays().items():
+        assert np.array_equal(value, second.arrays()[name])
+
+
+def test_a_step_is_no_longer_than_the_largest_gradient() -> None:
+    part = part_of()
+    before = part.arrays()
+    fit(part, steps=1, learning_rate=1.0)
+    moved = sum(float(((value - before[name]) ** 2).sum()) for name, value in part.arrays().items())
+    assert 0 < moved**0.5 <= LARGEST_GRADIENT * 1.001
+
+
+@given(rows=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 99))
+def test_every_pass_is_all_rows_once_in_parts_of_about_the_batch(rows: int, batch: int, seed: int) -> None:
+    batches = shuffled_batches(rows, batch=batch, rng=np.random.default_rng(seed))
+    parts = max(1, round(rows / batch))
+    for _ in range(2):
+        once = [next(batches) for _ in range(parts)]
+        assert sorted(np.concatenate(once)) == list(range(rows))
+        assert max(map(len, once)) - min(map(len, once)) <= 1
+
+
+def test_passes_are_in_new_orders() -> None:
+    batches = shuffled_batches(50, batch=50, rng=np.random.default_rng(0))
+    assert next(batches).tolist() != next(batches).tolist()
