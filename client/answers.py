@@ -15,10 +15,10 @@ from client.policy import check_plan, mechanism_for
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
 from client.training import train_plainly, train_privately
-from client.workbench import anchors_of, device_name, part_of, training_data
+from client.workbench import InstalledBundle, anchors_of, device_name, part_of, training_data
 from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
-from privacy.errors import BudgetExceeded
+from privacy.errors import AlreadyReleased, BudgetExceeded
 from privacy.ledger import Ledger, Reservation, ReservationRequest
 from privacy.mechanism import DpSgd
 from privacy.noise import GaussianNoise, os_generator
@@ -71,18 +71,18 @@ def answer_train(site: Site, request: TrainRequest) -> Release:
 
 
 def _train_with_claim(site: Site, request: TrainRequest) -> Release:
+    mechanism = mechanism_for(site, request.plan)
+    noise = GaussianNoise(insecure_seed=_insecure_seed(site, request))
+    charge = _charge(request, mechanism, noise)
     releases, ledger = ReleaseStore(folder=site.folder / "releases"), site.ledger()
     stored = releases.find(request.digest)
     if stored is not None:
-        _close(ledger, stored, request)
-        return Release(facts=stored.facts.model_copy(update={"replayed": True}), update=stored.update)
-    mechanism = mechanism_for(site, request.plan)
+        return _replayed(ledger, charge, stored)
     part = _ready(site, request)
-    noise = GaussianNoise(insecure_seed=_insecure_seed(site, request))
-    reservation = _reserve(ledger, _charge(request, mechanism, noise))
+    reservation = _reserve(ledger, charge)
     try:
         started = time.monotonic()
-        anchors, texts = anchors_of(_bundles(site), request.bundle, part, request.plan.anchors)
+        anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
         insecure = noise.insecure_seed
         update = train_privately(
             part,
@@ -104,9 +104,27 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
     return release
 
 
+def _replayed(ledger: Ledger, charge: ReservationRequest, stored: Release) -> Release:
+    """The stored release once more. It leaves only if the ledger has it, or takes it now.
+
+    The ledger lacks it when a process died between storing and saying so (its open reservation is taken up),
+    and when it recorded a failure instead (which costs anew).
+
+    Raises:
+        AlreadyReleased: the ledger has another release for this request, so the file was changed.
+    """
+    digest = digest_of(stored.update)
+    try:
+        ledger.released(_reserve(ledger, charge), output_digest=digest)
+    except AlreadyReleased as released:
+        if released.output_digest != digest:
+            raise
+    return Release(facts=stored.facts.model_copy(update={"replayed": True}), update=stored.update)
+
+
 def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     part = _ready(site, request)
-    _, texts = anchors_of(_bundles(site), request.bundle, part, request.plan.anchors)
+    _, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
     started = time.monotonic()
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
     update = train_plainly(
@@ -130,7 +148,7 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
         raise Refused(RefusalCode.COHORT, reason)
     plan, device = request.plan, device_name(site.settings.device.name)
     try:
-        part = part_of(_bundles(site), request.bundle, plan.part, plan.lora_rank, device)
+        part = part_of(_installed(site, request), plan.part, plan.lora_rank, device)
         part.load(request.arrays)
     except (EncoderError, BundleMissing) as error:
         raise Refused(RefusalCode.MODEL, str(error)) from error
@@ -164,12 +182,6 @@ def _reserve(ledger: Ledger, charge: ReservationRequest) -> Reservation:
         raise Refused(RefusalCode.BUDGET, str(error)) from error
 
 
-def _close(ledger: Ledger, stored: Release, request: TrainRequest) -> None:
-    """Finish the book-keeping of a process that died between storing a release and saying so."""
-    for reservation in ledger.open_reservations(request.digest)[-1:]:
-        ledger.released(reservation, output_digest=digest_of(stored.update))
-
-
 def _facts(
     site: Site,
     request: TrainRequest,
@@ -200,6 +212,10 @@ def _facts(
 def _insecure_seed(site: Site, request: TrainRequest) -> int | None:
     seed = site.settings.testing.insecure_noise_seed
     return None if seed is None else zlib.crc32(f"{seed}/{site.name}/{request.digest}".encode())
+
+
+def _installed(site: Site, request: TrainRequest) -> InstalledBundle:
+    return InstalledBundle(store=_bundles(site), digest=request.bundle)
 
 
 def _bundles(site: Site) -> BundleStore:

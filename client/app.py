@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.answers import answer_hello, answer_install, answer_train
@@ -33,9 +33,11 @@ from strategies.messages import (
     encode,
     require,
 )
+from strategies.settings import SettingsError
 
 logger = logging.getLogger(f"clipward.{__name__}")
 LOG_FILE = "site.log"
+UNKNOWN = "unknown"  # a site whose settings cannot be read
 T = TypeVar("T", Hello, PublicBundle, TrainRequest)
 
 app = ClientApp()
@@ -64,11 +66,20 @@ def site_folder(context: Context) -> Path:
 
     A deployed node is told by its operator (node setting ``site``). A simulated one takes its place in the
     sorted sub-folders of the run setting ``sites``.
+
+    Raises:
+        SettingsError: there are fewer sites than nodes.
     """
     if "site" in context.node_config:
         return Path(str(context.node_config["site"]))
     folders = site_folders(Path(str(context.run_config["sites"])))
-    return folders[int(context.node_config["partition-id"])]
+    number = int(context.node_config["partition-id"])
+    if number >= len(folders):
+        raise SettingsError(
+            f"node {number + 1} of the simulation has no site: the run setting 'sites' names a folder with "
+            f"{len(folders)} of them; start as many nodes"
+        )
+    return folders[number]
 
 
 def site_folders(root: Path) -> list[Path]:
@@ -82,32 +93,44 @@ def _answered(
     expected: type[T],
     answer: Callable[[Site, T], SiteFacts | Installed | Release],
 ) -> Message:
-    site = None
+    folder, name = None, UNKNOWN
     try:
-        site = Site.open(site_folder(context))
+        folder = site_folder(context)
+        site = Site.open(folder)
+        name = site.name
         content = encode(answer(site, require(decode(message.content), expected)))
-    except Refused as refused:
-        content = _refusal(site, refused.code, refused)
-    except MessageError as error:
-        content = _refusal(site, RefusalCode.MESSAGE, error)
     except Exception as error:
-        content = _refusal(site, RefusalCode.FAILED, error)
+        content = encode(_refusal(folder, name, error))
     return Message(content, reply_to=message)
 
 
-def _refusal(site: Site | None, code: RefusalCode, cause: Exception) -> RecordDict:
+def _refusal(folder: Path | None, name: str, cause: Exception) -> Refusal:
+    """The public half of a failure; the other half goes into the site's own log."""
+    match cause:
+        case Refused(code=code):
+            pass
+        case MessageError():
+            code = RefusalCode.MESSAGE
+        case _:
+            code = RefusalCode.FAILED
     incident = uuid4().hex[:8]
-    name = site.name if site else "unknown"
     logger.warning("%s refused with code %s; its %s says why: incident %s", name, code, LOG_FILE, incident)
-    if site:
-        _log_locally(site.folder / LOG_FILE, incident, code, cause)
-    return encode(Refusal(site=name, code=code, incident=incident))
+    if folder is None:
+        logger.warning(
+            "incident %s: this node is no site: %s", incident, cause
+        )  # and opened no patient's file
+    else:
+        _log_locally(folder / LOG_FILE, incident, code, cause)
+    return Refusal(site=name, code=code, incident=incident)
 
 
 def _log_locally(path: Path, incident: str, code: RefusalCode, cause: Exception) -> None:
     """Append the whole cause to the site's own log, which only its owner may read: it may quote anything."""
     moment = datetime.now(UTC).isoformat(timespec="seconds")
     trace = "".join(traceback.format_exception(cause))
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(handle, "a", encoding="utf-8") as file:
-        file.write(f"{moment} incident {incident} code {code}\n{trace}\n")
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{moment} incident {incident} code {code}\n{trace}\n")
+    except OSError as error:  # its text names the folder, and must not be what leaves instead of the code
+        logger.warning("incident %s could not be written to %s: %s", incident, path.name, error.strerror)

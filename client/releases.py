@@ -50,7 +50,7 @@ class ReleaseStore:
                 os.fsync(file.fileno())
             os.link(temporary, self._path(request_digest))
         except FileExistsError:
-            return self.find(request_digest) or release
+            release = self.find(request_digest) or release
         finally:
             os.unlink(temporary)
         folder = os.open(self.folder, os.O_RDONLY)

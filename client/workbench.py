@@ -1,9 +1,10 @@
 """What a site keeps ready between rounds: the model's part and the cohort in the form it trains on.
 
 Everything here can be made again from the site's folder; keeping it saves minutes in a simulation and in a
-long-lived client, and changes no result.
+long-lived client, and changes no result. Of models one is kept, with what was made for it.
 """
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -20,10 +21,28 @@ from strategies.bundles import BundleStore
 from strategies.messages import Part, PublicBundle
 
 
-@lru_cache(maxsize=2)
-def part_of(store: BundleStore, digest: str, part: Part, lora_rank: int, device: str) -> TrainablePart:
-    """The trainable part of an installed bundle's model. Its weights are whatever was loaded last."""
-    bundle = _bundle(store, digest)
+@dataclass(frozen=True, kw_only=True)
+class InstalledBundle:
+    """A public bundle on a site's disk; equal digests are equal bundles, wherever they lie."""
+
+    digest: str
+    store: BundleStore = field(compare=False)
+
+    def load(self) -> PublicBundle:
+        """Read it, verified."""
+        return self.store.load(self.digest)
+
+
+@lru_cache(maxsize=1)
+def part_of(installed: InstalledBundle, part: Part, lora_rank: int, device: str) -> TrainablePart:
+    """The trainable part of an installed bundle's model. Its weights are whatever was loaded last.
+
+    Raises:
+        BundleMissing: the bundle was never installed here, or was changed on the disk.
+    """
+    training_data.cache_clear()  # both hold the part they were made for
+    anchors_of.cache_clear()
+    bundle = installed.load()
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
     encoder.model.to(device)
     return trainable_part(encoder, part, lora_rank=lora_rank)
@@ -40,20 +59,15 @@ def training_data(folder: Path, part: TrainablePart, anchor_texts: tuple[str, ..
     return TrainingData(pairs=pairs, patients=cohort.patients[rows], masked=masked)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def anchors_of(
-    store: BundleStore, digest: str, part: TrainablePart, count: int
+    installed: InstalledBundle, part: TrainablePart, count: int
 ) -> tuple[Anchors, tuple[str, ...]]:
     """The first ``count`` public anchors as inputs of ``part``, and their texts."""
-    bundle = _bundle(store, digest)
+    bundle = installed.load()
     texts = bundle.anchor_texts[:count]
     images, text_inputs = part.inputs(bundle.anchor_images[:count], texts)
     return Anchors(images=images, texts=text_inputs), texts
-
-
-@lru_cache(maxsize=1)
-def _bundle(store: BundleStore, digest: str) -> PublicBundle:
-    return store.load(digest)
 
 
 def device_name(wanted: Literal["auto", "cpu", "cuda"]) -> str:

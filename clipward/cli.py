@@ -206,29 +206,31 @@ def _run(
             port = exporter.serve(metrics_port)
             console.print(f"metrics: http://127.0.0.1:{port}/metrics", markup=False, highlight=False)
 
-        def go(settings: Any, compared: dict[str, Any] | None = None) -> Any:
+        def go(settings: Any, *listeners: Any, compared: dict[str, Any] | None = None) -> Any:
             display = ProgressDisplay(console)
             past = runs / settings.name / "metrics.jsonl"
             if resume and past.is_file():
-                for listener in (display, exporter):
+                for listener in (display, *listeners):
                     listener.replay(read_events(past))
             with progress_bars() as show, display:
                 return run(
                     settings,
                     runs=runs,
                     backend=backend.value,
-                    resume=resume and past.is_file(),
+                    resume=resume,
                     compare=compared,
-                    listeners=[display, exporter],
+                    listeners=[display, *listeners],
                     on_progress=show,
                 )
 
         compared = None
         if compare and federation.privacy.mode == "dp":
             console.print("First without differential privacy, for comparison.", highlight=False)
-            compared = {"without_dp": go(without_privacy(federation, runs=runs)).summary["evaluation"]}
+            with progress_bars() as show:
+                plain = without_privacy(federation, runs=runs, on_progress=show)
+            compared = {"without_dp": go(plain).summary["evaluation"]}
             console.print("Now with differential privacy.", highlight=False)
-        result = go(federation, compared)
+        result = go(federation, exporter, compared=compared)
     console.print()
     typer.echo()
     from rich import print as show_result
@@ -240,17 +242,19 @@ def _run(
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """Errors whose text was written for the person at the keyboard."""
+    """Errors whose text tells the person at the keyboard what to do."""
     from client.cohort import CohortError
     from clipward.backends import BackendError
     from encoders.errors import EncoderError
     from privacy.errors import LedgerError
     from server.errors import RunError
     from server.metrics import ExporterError, RunLogError
+    from strategies.bundles import BundleMissing
     from strategies.settings import SettingsError
 
     return (
         BackendError,
+        BundleMissing,
         CohortError,
         EncoderError,
         ExporterError,
@@ -258,6 +262,7 @@ def _expected() -> tuple[type[Exception], ...]:
         RunError,
         RunLogError,
         SettingsError,
+        OSError,
     )
 
 

@@ -94,8 +94,9 @@ def _trained(federation: Federation, start: PublicStart, cohort: Cohort, tell: P
     texts = list(cohort.texts)
     steps = max(1, start.epochs * round(len(texts) / start.batch))
     optimizer = torch.optim.AdamW(part.parameters().values(), lr=start.learning_rate, weight_decay=0.05)
+    warm_up = max(WARM_UP, 2 / (steps + 1))  # of less than two steps, torch's schedule divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, start.learning_rate, total_steps=steps + 1, pct_start=WARM_UP
+        optimizer, start.learning_rate, total_steps=steps + 1, pct_start=warm_up
     )
 
     def stepped(step: int) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from client.app import app as client_app
 from client.app import site_folders
+from client.cohort import Cohort
 from client.cohort.tables import read_table
 from client.site import SITE_FILE, Site
 from clipward.backends import run_in_process, run_on_ray
@@ -145,44 +146,55 @@ def prepare_sites(federation: Federation, run_dir: Path) -> list[Path]:
 
 
 def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
-    """One site per value of the table's column; the files are only written when they change nothing kept."""
+    """One site per value of the table's column."""
     rows = read_table(table)
     column, patient = rows.need(simulation.by), rows.need("patient_id")
     patients: dict[str, set[str]] = {}
     for row in rows.rows:
         patients.setdefault(row[column], set()).add(row[patient])
-    folders = []
-    for name in sorted(patients):
-        folder = root / re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-        folder.mkdir(parents=True, exist_ok=True)
+    sites: dict[str, str] = {}
+    for value in sorted(patients):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("._-")[:64]
+        if not name or name in sites:
+            clash = f"that of {sites[name]!r}" if name else "empty"
+            raise SettingsError(
+                f"{table}, column {column!r}: {value!r} cannot name a site, the name would be {clash}; "
+                "give every row a name of letters and digits"
+            )
+        sites[name] = value
+    for name, value in sites.items():
         _write_site(
-            folder,
+            root / name,
             {
                 "version": 1,
-                "name": folder.name,
+                "name": name,
                 "cohort": {
-                    "table": str(table),
-                    "where": {column: name},
-                    "patients-declared": len(patients[name]),
+                    "table": str(table.resolve()),
+                    "where": {column: value},
+                    "patients-declared": len(patients[value]),
                     "image-size": simulation.image_size,
                 },
                 "policy": simulation.policy.model_dump(mode="json", by_alias=True),
             },
         )
-        folders.append(folder)
-    return folders
+    return [root / name for name in sites]
 
 
-def without_privacy(federation: Federation, *, runs: Path) -> Federation:
+def without_privacy(federation: Federation, *, runs: Path, on_progress: Progress | None = None) -> Federation:
     """The same federation without differential privacy, over sites that allow it, for comparison.
 
-    The sites are new folders in the run's own folder that share the packed cohorts of the given ones; the
-    given sites, their policies and their ledgers are not touched.
+    The sites are new folders in the run's own folder that share the packed cohorts of the given ones, which
+    are packed if they are not yet; the given sites' policies and ledgers are not touched.
+
+    Raises:
+        SettingsError: no site where the file points.
+        CohortError: a site's data cannot be used.
     """
     name = f"{federation.name}-without-dp"
     root = runs / name / "sites"
     for folder in prepare_sites(federation, runs / federation.name):
         site = Site.open(folder)
+        _packed(site, on_progress)
         settings = site.settings.model_dump(mode="json", by_alias=True, exclude_none=True)
         settings["policy"]["require-dp"] = False
         for source in ("dicom", "reports", "labels", "table"):
@@ -212,14 +224,13 @@ def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet |
     sets = []
     for folder in folders:
         site = Site.open(folder)
-        cohort = site.cohort(on_progress=partial(tell, f"read {site.name}") if tell else None)
-        training = len(np.unique(cohort.patients[cohort.train()]))
-        if training < site.settings.policy.min_patients:
+        cohort = _packed(site, tell)
+        least = site.settings.policy.min_patients
+        if len(np.unique(cohort.patients[cohort.train()])) < least:
             logger.warning(
-                "site %s has %d training patients, its policy asks for %d: it will refuse every round",
+                "site %s has fewer training patients than policy.min-patients = %d: it refuses every round",
                 site.name,
-                training,
-                site.settings.policy.min_patients,
+                least,
             )
         sets.append(evaluation_set(cohort, cohort.test()))
     if not any(len(one.texts) for one in sets):
@@ -236,6 +247,10 @@ def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet |
             for finding in findings
         },
     )
+
+
+def _packed(site: Site, tell: Progress | None) -> Cohort:
+    return site.cohort(on_progress=partial(tell, f"read {site.name}") if tell else None)
 
 
 def _same_size(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -181,6 +181,8 @@ class Federation(Settings):
                 "objective.name 'infonce' couples the patients of a batch, so no epsilon can be claimed "
                 "for it; use objective.name = 'anchored', or privacy.mode = 'none' and no claim"
             )
+        if self.privacy.mode == "none" and self.objective.name == "anchored":
+            raise ValueError("without privacy every site trains objective.name = 'infonce': set it")
         return self
 
     @classmethod

@@ -126,8 +126,9 @@ class _Run:
         begin = time.monotonic()
         arrays = outcome.average.result()
         averaged = time.monotonic() - begin + outcome.aggregate_seconds
-        train = _train_seconds(outcome.replied.values(), in_turn=self._in_turn)
-        seconds = {"train": train, "communicate": max(0.0, exchanged - train), "aggregate": averaged}
+        # Sites round their seconds up, so what they say can be more than there was.
+        train = min(exchanged, _train_seconds(outcome.replied.values(), in_turn=self._in_turn))
+        seconds = {"train": train, "communicate": exchanged - train, "aggregate": averaged}
         summary = {"replied": len(outcome.replied), "refused": len(outcome.refused), "seconds": seconds}
         done = Checkpoint(server_round, arrays, {"summary": summary})
         seconds["checkpoint"] = self._save(done)

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,8 @@ class Prepared:
 
 def start_folder(federation: Federation, cache: Path) -> Path:
     """Where the start of this federation is kept: runs with equal model, public data and anchors share it."""
-    relevant = federation.model_dump(
+    encoder = Path(federation.model.encoder)
+    relevant: dict[str, Any] = federation.model_dump(
         mode="json",
         include={
             "model": True,
@@ -51,6 +53,9 @@ def start_folder(federation: Federation, cache: Path) -> Path:
             "objective": {"inverse_temperature", "anchors"},
         },
     )
+    if encoder.is_dir():  # a model trained on under the same name is another start
+        files = sorted((path.name, path.stat()) for path in encoder.iterdir())
+        relevant["encoder files"] = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
     return cache / hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -59,7 +64,9 @@ def save_prepared(folder: Path, prepared: Prepared) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     digest = BundleStore(folder=folder).store(prepared.bundle)
     if prepared.evaluation is not None:
-        prepared.evaluation.save(folder / "evaluation.npz")
+        partial = folder / ".evaluation.partial.npz"
+        prepared.evaluation.save(partial)
+        os.replace(partial, folder / "evaluation.npz")
     facts = {
         "version": VERSION,
         "bundle": digest,

@@ -41,11 +41,15 @@ class BundleStore:
             save_file({**weights, ANCHOR_IMAGES: bundle.anchor_images}, partial / "arrays.safetensors")
             facts = {"version": 1, "model": dict(bundle.model), "anchor_texts": list(bundle.anchor_texts)}
             (partial / "bundle.json").write_text(json.dumps(facts), encoding="utf-8")
+            for written in (*partial.iterdir(), partial):
+                _sync(written)
             os.replace(partial, self._path(digest))
+            _sync(self.folder)
         except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
             if not self.has(digest):  # else another process was first
                 raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         return digest
 
     def load(self, digest: str) -> PublicBundle:
@@ -71,3 +75,11 @@ class BundleStore:
 
     def _path(self, digest: str) -> Path:
         return self.folder / digest
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -38,6 +38,7 @@ def federation(**changes: Any) -> Federation:
         "version": 1,
         "name": "test",
         "privacy": {"mode": "none"},
+        "objective": {"name": "infonce"},
         "training": {"rounds": 3, "steps": 1, "batch": 4},
         "strategy": {"min-sites": 2, "deadline-seconds": 30.0},
     }
