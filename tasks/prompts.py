@@ -1,6 +1,7 @@
 """How a radiologist writes that a finding is there, or is not: the sentences of zero-shot classification."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tasks.embeddings import EvaluationError
@@ -30,107 +31,62 @@ def prompts_for(finding: str) -> PromptPair:
     return PROMPTS.get(_ALIASES.get(name, name), generic)
 
 
+_SIDES = ("left", "right")
+_LUNG = tuple(f"the {side} {zone} lung" for side in _SIDES for zone in ("upper", "lower"))
+# A report that finds nothing seldom names what it did not find, so the whole normal report is a negative too.
+_NORMAL = (
+    "No acute cardiopulmonary abnormality. The lungs are clear. The heart is normal in size.",
+    "Normal chest radiograph. The lungs are clear.",
+)
+
+
+def _pair(positive: Iterable[str], *, absent: tuple[str, ...]) -> PromptPair:
+    """Positives are impressions: severity x finding x place, as radiologists write them."""
+    return PromptPair(positive=tuple(positive), negative=(*absent, *_NORMAL))
+
+
+def _in_lung(finding: str) -> list[str]:
+    return [f"{severity} {finding} in {place}." for severity in ("Mild", "Moderate") for place in _LUNG]
+
+
+def _by_side(finding: str) -> list[str]:
+    return [f"{size} {side} {finding}." for size in ("Small", "Large") for side in _SIDES]
+
+
 PROMPTS = {
-    "opacity": PromptPair(
-        positive=(
-            "There is a focal opacity in the right lung.",
-            "There is a patchy opacity at the left lung base.",
-            "Airspace opacities are present.",
-        ),
-        negative=("No focal opacity.", "There is no airspace opacity.", "The lungs are clear."),
+    "opacity": _pair(_in_lung("opacity"), absent=("No focal opacity.", "There is no opacity.")),
+    "consolidation": _pair(
+        _in_lung("consolidation"), absent=("No focal consolidation.", "There is no consolidation.")
     ),
-    "consolidation": PromptPair(
-        positive=(
-            "There is consolidation in the right lower lobe.",
-            "There is a left lower lobe consolidation.",
-            "Focal consolidation is present.",
-        ),
-        negative=("No focal consolidation.", "There is no consolidation.", "The lungs are clear."),
+    "effusion": _pair(
+        _by_side("pleural effusion"), absent=("No pleural effusion.", "There is no pleural effusion.")
     ),
-    "effusion": PromptPair(
-        positive=(
-            "There is a left pleural effusion.",
-            "There is a right pleural effusion.",
-            "Small bilateral pleural effusions are present.",
-        ),
-        negative=(
-            "No pleural effusion.",
-            "There is no pleural effusion.",
-            "The costophrenic angles are sharp.",
-        ),
+    "cardiomegaly": _pair(
+        ("Mild cardiomegaly.", "Moderate cardiomegaly.", "Severe cardiomegaly.", "There is cardiomegaly."),
+        absent=("No cardiomegaly.", "The heart is normal in size."),
     ),
-    "cardiomegaly": PromptPair(
-        positive=("There is cardiomegaly.", "The heart is enlarged.", "The cardiac silhouette is enlarged."),
-        negative=(
-            "No cardiomegaly.",
-            "The heart size is normal.",
-            "The cardiac silhouette is normal in size.",
-        ),
+    "pneumothorax": _pair(_by_side("pneumothorax"), absent=("No pneumothorax.", "There is no pneumothorax.")),
+    "nodule": _pair(
+        (f"{millimetres} mm nodule in {place}." for millimetres in (15, 30) for place in _LUNG),
+        absent=("No nodule.", "There is no pulmonary nodule."),
     ),
-    "pneumothorax": PromptPair(
-        positive=(
-            "There is a left pneumothorax.",
-            "There is a right pneumothorax.",
-            "A small apical pneumothorax is present.",
-        ),
-        negative=("No pneumothorax.", "There is no pneumothorax.", "No pneumothorax is seen."),
+    "device": _pair(
+        ("Left pacemaker.", "Right central venous catheter.", "There is a support device."),
+        absent=("No device.", "There are no lines or tubes."),
     ),
-    "nodule": PromptPair(
-        positive=(
-            "There is a nodule in the right lung.",
-            "There is a left upper lobe pulmonary nodule.",
-            "A pulmonary nodule is present.",
-        ),
-        negative=("No pulmonary nodule.", "There is no lung nodule.", "No suspicious nodule is seen."),
+    "atelectasis": _pair(_in_lung("atelectasis"), absent=("No atelectasis.", "There is no atelectasis.")),
+    "edema": _pair(
+        ("Mild pulmonary edema.", "Moderate pulmonary edema.", "There is interstitial edema."),
+        absent=("No pulmonary edema.", "The pulmonary vasculature is normal."),
     ),
-    "device": PromptPair(
-        positive=(
-            "A support device is present.",
-            "An endotracheal tube is in place.",
-            "There is a central venous line.",
-        ),
-        negative=("No support device.", "There are no lines or tubes.", "No indwelling device is seen."),
-    ),
-    "atelectasis": PromptPair(
-        positive=(
-            "There is left basilar atelectasis.",
-            "There is atelectasis in the right lower lobe.",
-            "Bibasilar atelectasis is present.",
-        ),
-        negative=("No atelectasis.", "There is no atelectasis.", "The lungs are well expanded."),
-    ),
-    "edema": PromptPair(
-        positive=(
-            "There is pulmonary edema.",
-            "There is mild interstitial edema.",
-            "Pulmonary vascular congestion with edema is present.",
-        ),
-        negative=(
-            "No pulmonary edema.",
-            "There is no pulmonary edema.",
-            "The pulmonary vasculature is normal.",
-        ),
-    ),
-    "pneumonia": PromptPair(
-        positive=(
-            "There is pneumonia in the right lower lobe.",
-            "Findings are consistent with pneumonia.",
-            "There is a left lower lobe pneumonia.",
-        ),
-        negative=("No pneumonia.", "There is no evidence of pneumonia.", "No focal infectious process."),
-    ),
-    "fracture": PromptPair(
-        positive=(
-            "There is a rib fracture.",
-            "There is an acute fracture.",
-            "A displaced fracture is present.",
-        ),
-        negative=("No fracture.", "There is no acute fracture.", "The osseous structures are intact."),
+    "pneumonia": _pair(_in_lung("pneumonia"), absent=("No pneumonia.", "No evidence of pneumonia.")),
+    "fracture": _pair(
+        ("Left rib fracture.", "Right rib fracture.", "There is an acute fracture."),
+        absent=("No fracture.", "The osseous structures are intact."),
     ),
     # The template would read "There is no no finding.", and the label would be scored upside down.
     "no finding": PromptPair(
-        positive=("No acute cardiopulmonary process.", "The chest is normal.", "There is no abnormality."),
-        negative=("The chest is abnormal.", "There is an abnormality.", "Abnormal findings are present."),
+        positive=_NORMAL, negative=("The chest is abnormal.", "Abnormal findings are present.")
     ),
 }
 

@@ -126,12 +126,12 @@ def test_no_labels_have_no_mean() -> None:
 
 def test_the_score_is_the_softmax_of_raw_cosines_with_the_normalised_mean_of_the_prompts() -> None:
     rng = np.random.default_rng(2)
-    drawn = rng.standard_normal((10, 5))
+    drawn = rng.standard_normal((12, 5))
     images, sentences = np.split(
         (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32), [4]
     )
     prompts = prompts_for("effusion")
-    assert len(prompts.positive) == len(prompts.negative) == 3
+    assert len(prompts.positive) == len(prompts.negative) == 4
 
     found = presence_probability(images, lambda texts: sentences, finding="effusion")
 
