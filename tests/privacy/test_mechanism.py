@@ -1,0 +1,115 @@
+"""What the mechanism states is what it does: this unit, this bound, this noise on every coordinate."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+from torch import Tensor
+
+from privacy.accounting import PoissonGaussian
+from privacy.errors import UnsoundTraining
+from privacy.mechanism import DpSgd
+from privacy.noise import GaussianNoise
+
+COUNT = 20_000
+FIVE_SIGMA = 5 / math.sqrt(COUNT)
+CLEAN = {"a": torch.full((COUNT,), 3.0), "b": torch.zeros(100, 200), "c": torch.ones(2, COUNT // 2)}
+
+
+def mechanism(**changes: Any) -> DpSgd:
+    settings = {"max_grad_norm": 0.5, "noise_multiplier": 1.2, "sample_rate": 0.1, "steps": 7}
+    return DpSgd(**{**settings, **changes})
+
+
+def noise_in(released: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (value - CLEAN[name]).flatten() for name, value in released.items()}
+
+
+def fits(released: dict[str, Tensor], stddev: float) -> list[bool]:
+    """Whether each array's noise looks normal with this deviation."""
+    return [
+        bool(kstest(each.numpy(), "norm", args=(0, stddev)).pvalue > 1e-3)
+        for each in noise_in(released).values()
+    ]
+
+
+def test_it_says_what_it_protects_from_what() -> None:
+    assert (DpSgd.unit, DpSgd.adjacency, DpSgd.sampler) == ("patient", "add_remove", "poisson")
+
+
+def test_the_noise_follows_from_the_bound() -> None:
+    assert mechanism().sensitivity == 0.5
+    assert mechanism().noise_std == pytest.approx(0.6)
+    assert mechanism(max_grad_norm=2.0).noise_std == pytest.approx(2.4)
+
+
+def test_the_accountant_hears_the_same_numbers() -> None:
+    assert mechanism().event == PoissonGaussian(sample_rate=0.1, noise_multiplier=1.2, steps=7)
+
+
+@pytest.mark.parametrize(("claimed", "accepted"), [(1.0, True), (2 / 3, False), (3 / 2, False)])
+def test_every_array_has_noise_of_the_stated_deviation_and_no_other(claimed: float, accepted: bool) -> None:
+    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=1))
+    assert released.keys() == CLEAN.keys()
+    assert fits(released, claimed * 0.6) == [accepted] * 3
+
+
+def test_an_array_without_noise_would_be_seen() -> None:
+    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=1))
+    assert fits({**released, "b": CLEAN["b"]}, 0.6) == [True, False, True]
+
+
+def largest_correlation(noises: list[Tensor]) -> float:
+    pairs = itertools.combinations(noises, 2)
+    return max(abs(float(np.corrcoef(first, second)[0, 1])) for first, second in pairs)
+
+
+def test_noise_is_uncorrelated_between_arrays_and_between_steps() -> None:
+    source = GaussianNoise(insecure_seed=2)
+    steps = [mechanism().release(CLEAN, source) for _ in range(3)]
+    assert largest_correlation([each for step in steps for each in noise_in(step).values()]) < FIVE_SIGMA
+
+
+def test_repeated_noise_would_be_seen() -> None:
+    steps = [mechanism().release(CLEAN, GaussianNoise(insecure_seed=2)) for _ in range(2)]
+    assert largest_correlation([each for step in steps for each in noise_in(step).values()]) > 0.99
+
+
+def test_a_release_leaves_the_sum_as_it_was() -> None:
+    before = {name: value.clone() for name, value in CLEAN.items()}
+    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=3))
+    for name, value in CLEAN.items():
+        assert torch.equal(value, before[name])
+        assert released[name].shape == value.shape
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf, 1e-45, 1e13])
+def test_a_bound_outside_what_float32_can_keep_is_refused(bound: float) -> None:
+    with pytest.raises(UnsoundTraining, match=r"expected max_grad_norm=.* in \[1e-12, 1000000000000\.0\]"):
+        mechanism(max_grad_norm=bound)
+
+
+@pytest.mark.parametrize("bound", [1e-12, 1e12])
+def test_at_the_edges_of_the_range_the_noise_still_has_its_scale(bound: float) -> None:
+    edge = mechanism(max_grad_norm=bound)
+    noise = edge.release({"a": torch.zeros(COUNT)}, GaussianNoise(insecure_seed=4))["a"]
+    assert kstest(noise.double().numpy() / bound, "norm", args=(0, 1.2)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"noise_multiplier": 0.0}, "expected noise_multiplier=0.0 > 0"),
+        ({"noise_multiplier": math.inf}, "expected noise_multiplier=inf > 0 and finite"),
+        ({"sample_rate": 0.0}, "expected sample_rate=0.0 in"),
+        ({"sample_rate": 1.1}, "expected sample_rate=1.1 in"),
+        ({"steps": 0}, "expected steps=0 to be an integer >= 1"),
+    ],
+)
+def test_what_the_accountant_cannot_account_is_refused_when_built(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        mechanism(**wrong)
