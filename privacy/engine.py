@@ -110,8 +110,7 @@ def clip_factors(norms: Tensor, *, max_grad_norm: float) -> Tensor:
     (below 1.2e-38, its smallest normal number), which could take the clipped row past C.
     """
     factors = (max_grad_norm / norms.clamp_min(1e-300)).clamp(max=1.0)
-    exact = torch.isfinite(norms) & (factors >= torch.finfo(torch.float32).tiny)
-    return torch.where(exact, factors, torch.zeros_like(factors))
+    return torch.where(factors >= torch.finfo(torch.float32).tiny, factors, 0.0)  # false for NaN too
 
 
 def refuse_batch_statistics(module: nn.Module) -> None:

@@ -259,7 +259,7 @@ def rows_of(data: TrainingData, rows: list[int], *, patients: Iterable[int] | No
     return TrainingData(pairs=pairs, patients=numbers, masked=data.masked[rows])
 
 
-def full_step(data: TrainingData, kind: Part = "heads", *, studies: int = 6) -> Arrays:
+def full_step(data: TrainingData, kind: Part = "heads", *, studies: int = 6, bound: float = BOUND) -> Arrays:
     """The update of one step that everyone joins, next to no noise in it."""
     part = part_of(kind)
     return train_privately(
@@ -267,7 +267,7 @@ def full_step(data: TrainingData, kind: Part = "heads", *, studies: int = 6) -> 
         data,
         anchors_of(part),
         plan_of(studies_per_patient=studies),
-        mechanism=mechanism(noise_multiplier=SILENT, sample_rate=1.0, steps=1),
+        mechanism=mechanism(max_grad_norm=bound, noise_multiplier=SILENT, sample_rate=1.0, steps=1),
         patients_declared=DECLARED,
         noise=GaussianNoise(insecure_seed=7),
         sampling=np.random.default_rng(0),
@@ -279,6 +279,34 @@ def moved_by_leaving(kind: Part, patients: list[int], gone: int) -> float:
     whole = data_of(part_of(kind), patients)
     rest = rows_of(whole, [row for row, patient in enumerate(patients) if patient != gone])
     return distance(full_step(whole, kind), full_step(rest, kind)) * DECLARED
+
+
+@pytest.mark.usefixtures("plain_steps")
+@pytest.mark.parametrize("bound", [BOUND, 12.0, 1000.0])
+def test_a_contribution_is_the_clipped_gradient_of_the_mean_anchored_loss_of_a_patients_studies(
+    bound: float,
+) -> None:
+    part = part_of()
+    data, anchors = data_of(part, [0, 1, 1, 2, 2, 2]), anchors_of(part)
+    data.masked[::2, 1:3] = True
+    weights = list(part.parameters().values())
+    with torch.no_grad():
+        image_anchors, text_anchors = part.module(anchors.images, anchors.texts)
+    expected = [np.zeros(value.shape) for value in weights]
+    for patient in (0, 1, 2):
+        rows = torch.from_numpy(data.patients == patient)
+        losses = anchored_loss(
+            *part.module(data.pairs.images[rows], data.pairs.texts[rows]),
+            image_anchors=image_anchors,
+            text_anchors=text_anchors,
+            masked=data.masked[rows],
+            inverse_temperature=10.0,
+        )
+        raw = [each.numpy().astype(np.float64) for each in torch.autograd.grad(losses.mean(), weights)]
+        factor = min(1.0, bound / math.sqrt(sum(float((each**2).sum()) for each in raw)))
+        expected = [total - factor * each / DECLARED for total, each in zip(expected, raw, strict=True)]
+    for found, value in zip(full_step(data, bound=bound).values(), expected, strict=True):
+        assert found == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.usefixtures("plain_steps")
