@@ -98,7 +98,10 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
         facts = _facts(site, request, seconds=seconds, mechanism=mechanism, ledger=ledger, insecure=insecure)
         release = releases.store(request.digest, Release(facts=facts, update=update))
     except Exception:
-        ledger.abandoned(reservation, code=RefusalCode.FAILED)
+        try:
+            ledger.abandoned(reservation, code=RefusalCode.FAILED)
+        except AlreadyReleased:  # by another process with this request: its release leaves, not our failure
+            return _train_with_claim(site, request)
         raise
     ledger.released(reservation, output_digest=digest_of(release.update))
     return release

@@ -58,7 +58,8 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> DpSgd:
     except NoiseOutOfRange as error:
         raise Refused(RefusalCode.POLICY, str(error)) from error
     if noise_multiplier < policy.min_noise_multiplier:
-        reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier"
+        least = policy.min_noise_multiplier
+        reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
         raise Refused(RefusalCode.POLICY, reason)
     return DpSgd(
         max_grad_norm=plan.max_grad_norm,

@@ -251,9 +251,12 @@ def _require_quorum(server_round: int, outcome: Exchange, min_sites: int) -> Non
     if len(outcome.replied) >= min_sites:
         return
     codes = ", ".join(f"{site.name} {code}" for site, code in outcome.refused.items())
+    remedy = "Each site's own log says why; repair that, then --resume asks for this round again"
+    if RefusalCode.BUDGET in outcome.refused.values():
+        remedy += "; a spent budget stays spent, and only its site can raise policy.epsilon-max"
     raise QuorumError(
         f"round {server_round}: {len(outcome.replied)} sites replied, {min_sites} are needed "
-        f"(strategy.min-sites); the others: {codes or 'none'}. --resume asks for this round again"
+        f"(strategy.min-sites); the others: {codes or 'none'}. {remedy}"
     )
 
 

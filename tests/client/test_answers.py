@@ -1,0 +1,358 @@
+"""What leaves a site: charged before it is computed, stored before it leaves, never made twice."""
+
+import csv
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client import answers
+from client.answers import answer_hello, answer_install, answer_train
+from client.errors import Refused
+from client.releases import ReleaseStore
+from client.site import Site
+from client.workbench import part_of, training_data
+from privacy.errors import AlreadyReleased, LedgerTampered
+from strategies.bundles import BundleStore
+from strategies.messages import Hello, RefusalCode, Release, TrainRequest, digest_of
+from tests.small_hospitals import BATCH, EPSILON, PATIENTS, STEPS, bundle, change_site, ready, request
+
+
+@pytest.fixture
+def site(hospitals: Path) -> Site:
+    return ready(hospitals / "hospitals" / "site-1")
+
+
+def story(site: Site) -> list[str]:
+    return [row.body["event"] for row in site.ledger().rows()[1:]]
+
+
+def anchored(**changes: Any) -> TrainRequest:
+    return request(**changes)
+
+
+def plain(**changes: Any) -> TrainRequest:
+    return request(privacy="none", objective="infonce", epsilon=None, **changes)
+
+
+def same(one: Release, other: Release) -> bool:
+    facts = (release.facts.model_dump(exclude={"replayed"}) for release in (one, other))
+    return next(facts) == next(facts) and digest_of(one.update) == digest_of(other.update)
+
+
+def fail(*_: object, **__: object) -> Any:
+    raise RuntimeError("the disk is on fire")
+
+
+def test_a_site_says_its_name_its_declared_size_and_whether_it_is_ready(hospitals: Path) -> None:
+    site = Site.open(hospitals / "hospitals" / "site-2")
+    hello = Hello(run="small", bundle=bundle().digest)
+    assert answer_hello(site, hello).model_dump() == {
+        "site": "site-2",
+        "patients_declared": PATIENTS,
+        "has_bundle": False,
+    }
+    assert answer_install(site, bundle()).bundle == bundle().digest
+    assert answer_hello(site, hello).has_bundle
+
+
+def test_a_round_is_charged_then_released(site: Site) -> None:
+    asked = anchored()
+    release = answer_train(site, asked)
+    assert story(site) == ["reserved", "released"]
+    reserved, released = (row.body for row in site.ledger().rows()[1:])
+    assert released["output_digest"] == digest_of(release.update)
+    charge = reserved["request"]
+    assert (charge["run"], charge["server_round"], charge["request_digest"]) == ("small", 1, asked.digest)
+    assert (charge["sample_rate"], charge["steps"], charge["sampler"]) == (BATCH / PATIENTS, STEPS, "poisson")
+    assert charge["input_digest"] == digest_of(asked.arrays)
+    assert charge["noise_std"] == release.facts.noise_multiplier  # times a sensitivity of 1
+    assert not charge["insecure_seed"]
+    facts = release.facts
+    assert (facts.epsilon, facts.epsilon_max) == (site.ledger().spent(), 8.0)
+    assert (facts.replayed, facts.insecure_seed, facts.patients_declared) == (False, False, PATIENTS)
+    assert {name: value.shape for name, value in release.update.items()} == {
+        name: value.shape for name, value in asked.arrays.items()
+    }
+    assert all(np.any(value) for value in release.update.values())
+
+
+def test_the_charge_is_on_the_disk_before_a_patient_is_touched(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    for name in ("training_data", "train_privately"):
+        original: Callable[..., Any] = getattr(answers, name)
+
+        def spied(*args: Any, original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            seen.append(story(site))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(answers, name, spied)
+    answer_train(site, anchored())
+    assert seen == [["reserved"], ["reserved"]]
+
+
+def test_the_same_request_gets_the_same_bytes_and_costs_nothing(site: Site) -> None:
+    first = answer_train(site, anchored())
+    again = answer_train(site, replace(anchored(), deadline_unix_seconds=4e9))
+    assert again.facts.replayed
+    assert same(first, again)
+    assert story(site) == ["reserved", "released"]
+
+
+def test_another_round_or_run_is_another_release(site: Site) -> None:
+    updates = [
+        digest_of(answer_train(site, asked).update) for asked in (anchored(), anchored(server_round=2))
+    ]
+    assert len(set(updates)) == 2
+    assert story(site) == ["reserved", "released"] * 2
+
+
+def test_noise_is_never_the_same_twice(hospitals: Path) -> None:
+    one, other = (
+        answer_train(ready(change_site(hospitals / "hospitals" / name, name="north")), anchored())
+        for name in ("site-1", "site-2")
+    )
+    assert all(np.any(one.update[name] != other.update[name]) for name in one.update)
+
+
+def test_a_fixed_noise_seed_repeats_the_release_and_is_never_kept_secret(hospitals: Path) -> None:
+    releases = []
+    for name in ("first", "second"):
+        folder = hospitals / name
+        shutil.copytree(hospitals / "hospitals" / "site-1", folder, symlinks=True)
+        site = ready(change_site(folder, testing={"insecure-noise-seed": 5}))
+        releases.append(answer_train(site, anchored()))
+        assert site.ledger().rows()[1].body["request"]["insecure_seed"] is True
+    assert same(*releases)
+    assert releases[0].facts.insecure_seed
+
+
+def test_a_process_that_died_after_storing_has_its_books_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """Stands for the kill: nobody catches it."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("privacy.ledger.Ledger.released", killed)
+        with pytest.raises(Killed):
+            answer_train(site, anchored())
+    assert story(site) == ["reserved"]
+    stored = ReleaseStore(folder=site.folder / "releases").find(anchored().digest)
+    assert stored is not None
+    release = answer_train(site, anchored())
+    assert same(release, stored)
+    assert story(site) == ["reserved", "released"]
+
+
+def test_a_process_that_died_while_training_trains_again_for_the_same_charge(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "train_privately", killed)
+        with pytest.raises(Killed):
+            answer_train(site, anchored())
+    assert not answer_train(site, anchored()).facts.replayed
+    assert story(site) == ["reserved", "released"]
+
+
+def test_a_failure_is_recorded_before_it_is_reported_and_the_next_attempt_is_charged(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "train_privately", fail)
+        with pytest.raises(RuntimeError, match="on fire"):
+            answer_train(site, anchored())
+    assert story(site) == ["reserved", "abandoned"]
+    assert answer_train(site, anchored()).facts.epsilon == site.ledger().spent()
+    assert story(site) == ["reserved", "abandoned", "reserved", "released"]
+
+
+def test_a_release_stored_under_a_reported_failure_is_charged_before_it_leaves(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ReleaseStore, "store", stored_then_failed(ReleaseStore.store))
+        with pytest.raises(OSError, match="after it was stored"):
+            answer_train(site, anchored())
+    assert answer_train(site, anchored()).facts.replayed
+    assert story(site) == ["reserved", "abandoned", "reserved", "released"]
+
+
+def stored_then_failed(store: Callable[..., Release]) -> Callable[..., Release]:
+    def stored(*args: Any) -> Release:
+        store(*args)
+        raise OSError("after it was stored")
+
+    return stored
+
+
+def test_when_another_process_released_meanwhile_its_release_goes_and_not_our_failure(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = vars(answers)["train_privately"]
+
+    def overtaken(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(answers, "train_privately", original)
+        assert not answer_train(site, anchored()).facts.replayed
+        raise RuntimeError("too slow")
+
+    monkeypatch.setattr(answers, "train_privately", overtaken)
+    assert answer_train(site, anchored()).facts.replayed
+    assert story(site) == ["reserved", "released"]
+
+
+def test_a_stored_release_that_was_changed_never_leaves(site: Site) -> None:
+    answer_train(site, anchored())
+    answer_train(site, anchored(server_round=2))
+    one, other = (
+        site.folder / "releases" / f"{asked.digest}.safetensors"
+        for asked in (anchored(), anchored(server_round=2))
+    )
+    shutil.copy(other, one)
+    with pytest.raises(AlreadyReleased):
+        answer_train(site, anchored())
+
+
+def test_a_release_whose_file_is_gone_is_not_made_again(site: Site) -> None:
+    answer_train(site, anchored())
+    shutil.rmtree(site.folder / "releases")
+    with pytest.raises(AlreadyReleased):
+        answer_train(site, anchored())
+    assert story(site) == ["reserved", "released"]
+
+
+def test_when_the_budget_is_spent_nothing_is_computed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for server_round in (1, 2, 3):
+        answer_train(site, anchored(server_round=server_round))
+    assert site.ledger().spent() == pytest.approx(EPSILON, rel=0.02)
+    monkeypatch.setattr(answers, "train_privately", fail)
+    monkeypatch.setattr(answers, "training_data", fail)
+    with pytest.raises(Refused, match="above epsilon_max=8") as refused:
+        answer_train(site, anchored(run="another"))
+    assert refused.value.code is RefusalCode.BUDGET
+    assert story(site) == ["reserved", "released"] * 3
+    assert answer_train(site, anchored(server_round=2)).facts.replayed
+
+
+def test_too_few_patients_are_not_trained_on_and_cost_nothing(hospitals: Path) -> None:
+    folder = change_site(hospitals / "hospitals" / "site-1", policy={"min-patients": 100})
+    site = ready(folder)
+    with pytest.raises(Refused, match=r"policy\.min-patients is 100") as refused:
+        answer_train(site, anchored())
+    assert refused.value.code is RefusalCode.COHORT
+    assert story(site) == []
+
+
+def test_a_cohort_that_cannot_be_read_costs_nothing(hospitals: Path) -> None:
+    folder = change_site(hospitals / "hospitals" / "site-1", cohort={"reports": "absent.csv"})
+    site = ready(folder)
+    with pytest.raises(Refused, match=r"absent\.csv") as refused:
+        answer_train(site, anchored())
+    assert refused.value.code is RefusalCode.COHORT
+    assert story(site) == []
+
+
+def test_without_the_bundle_the_model_is_refused_and_costs_nothing(hospitals: Path) -> None:
+    site = Site.open(hospitals / "hospitals" / "site-3")
+    asked = replace(anchored(), bundle="00" * 32)
+    with pytest.raises(Refused, match="never stored here") as refused:
+        answer_train(site, asked)
+    assert refused.value.code is RefusalCode.MODEL
+    assert story(site) == []
+
+
+@pytest.mark.parametrize("arrays", [{}, {"w": np.zeros(3, dtype=np.float32)}])
+def test_arrays_of_another_model_are_refused_and_cost_nothing(arrays: dict[str, Any], site: Site) -> None:
+    with pytest.raises(Refused, match="arrays of this part") as refused:
+        answer_train(site, replace(anchored(), arrays=arrays))
+    assert refused.value.code is RefusalCode.MODEL
+    assert story(site) == []
+
+
+def test_a_ledger_that_was_tampered_with_releases_nothing(site: Site) -> None:
+    answer_train(site, anchored())
+    path = site.folder / "ledger.sqlite"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"patient"', b'"pateint"'))
+    for server_round in (1, 2):
+        with pytest.raises(LedgerTampered):
+            answer_train(site, anchored(server_round=server_round))
+
+
+def test_not_a_number_in_the_weights_or_in_one_patient_breaks_no_promise(site: Site) -> None:
+    """Non-finite gradients count as zero: the release is noise, charged like any other."""
+    weights = {name: np.full_like(value, np.nan) for name, value in anchored().arrays.items()}
+    release = answer_train(site, replace(anchored(), arrays=weights))
+    assert story(site) == ["reserved", "released"]
+    assert digest_of(release.update) == site.ledger().rows()[2].body["output_digest"]
+
+
+def test_facts_say_nothing_of_the_true_number_of_patients(hospitals: Path) -> None:
+    facts = []
+    for kept in (1.0, 0.7):
+        folder = hospitals / f"of {kept}"
+        shutil.copytree(hospitals / "hospitals" / "site-1", folder, symlinks=True)
+        with (folder / "reports.csv").open(newline="") as file:
+            rows = list(csv.reader(file))
+        with (folder / "reports.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows[: int(kept * len(rows))])
+        site = ready(folder)
+        facts.append(answer_train(site, anchored()).facts)
+    sizes = [len(np.unique(Site.open(hospitals / f"of {kept}").cohort().patients)) for kept in (1.0, 0.7)]
+    assert sizes[0] > sizes[1]
+    assert facts[0].model_dump_json() == facts[1].model_dump_json()
+    assert facts[0].seconds in (10.0, 20.0)
+
+
+def test_without_a_claim_there_is_no_ledger_and_the_same_seed_gives_the_same_bytes(hospitals: Path) -> None:
+    site = ready(change_site(hospitals / "hospitals" / "site-1", policy={"require-dp": False}))
+    one, again, next_round = (answer_train(site, plain(server_round=r)) for r in (1, 1, 2))
+    assert digest_of(one.update) == digest_of(again.update) != digest_of(next_round.update)
+    assert (one.facts.epsilon, one.facts.delta, one.facts.ledger_head) == (None, None, None)
+    assert not (site.folder / "ledger.sqlite").exists()
+    assert not (site.folder / "releases").exists()
+
+
+def test_simulated_sites_share_one_model(hospitals: Path) -> None:
+    sites = [ready(hospitals / "hospitals" / f"site-{number}") for number in (1, 2, 3)]
+    part_of.cache_clear()
+    for server_round in (1, 2):
+        for site in sites:
+            answer_train(site, anchored(server_round=server_round))
+    assert part_of.cache_info().misses == 1
+    assert training_data.cache_info().misses == len(sites)
+
+
+def test_the_site_uses_the_threads_it_was_given(site: Site) -> None:
+    torch.set_num_threads(2)
+    answer_train(site, anchored())
+    assert torch.get_num_threads() == 1
+    change_site(site.folder, device={"threads": 0})
+    answer_train(Site.open(site.folder), anchored())
+    assert torch.get_num_threads() == os.cpu_count()
+    torch.set_num_threads(1)
+
+
+def test_a_bundle_is_kept_where_only_the_site_may_read(hospitals: Path) -> None:
+    site = Site.open(hospitals / "hospitals" / "site-1")
+    answer_install(site, bundle())
+    assert BundleStore(folder=site.folder / "bundles").has(bundle().digest)
+    assert (site.folder / "bundles").stat().st_mode & 0o077 == 0

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+
+from client.cohort import SourceMissingError
+from client.site import Site, packed_cohort
+from privacy.errors import WrongLedger
+from strategies.settings import SettingsError
+
+SHORTEST = 'version = 1\nname = "north"\n[cohort]\ntable = "images.csv"\npatients-declared = 1000\n'
+
+
+def opened(folder: Path, text: str = SHORTEST) -> Site:
+    (folder / "site.toml").write_text(text)
+    return Site.open(folder)
+
+
+def test_the_shortest_file_has_the_strictest_defaults(tmp_path: Path) -> None:
+    site = opened(tmp_path)
+    policy = site.settings.policy
+    assert (site.name, policy.require_dp, policy.epsilon_max, policy.min_patients) == ("north", True, 8.0, 20)
+    assert site.settings.testing.insecure_noise_seed is None
+
+
+def test_the_shipped_example_is_a_valid_file_that_says_the_defaults(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "configs" / "site.toml"
+    site = opened(tmp_path, example.read_text())
+    plain = opened(
+        tmp_path, SHORTEST.replace('table = "images.csv"', 'dicom = "dicom"\nreports = "reports.csv"')
+    )
+    assert site.settings.policy == plain.settings.policy
+    assert site.settings.device == plain.settings.device
+    assert site.settings.cohort == plain.settings.cohort
+
+
+@pytest.mark.parametrize(("declared", "delta"), [(1, 0.1), (20, 1e-3), (1000, 1e-4), (1001, 1e-5)])
+def test_delta_follows_from_the_declared_size(declared: int, delta: float, tmp_path: Path) -> None:
+    text = SHORTEST.replace("patients-declared = 1000", f"patients-declared = {declared}")
+    assert opened(tmp_path, text).delta == pytest.approx(delta, rel=1e-12)
+
+
+def test_the_hospital_may_choose_its_delta(tmp_path: Path) -> None:
+    assert opened(tmp_path, SHORTEST + "[policy]\ndelta = 1e-9\n").delta == 1e-9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("[policy]\nepsilon_maks = 1\n", r"unknown key 'policy.epsilon_maks'; did you mean 'epsilon-max'\?"),
+        ("[polici]\n", r"unknown key 'polici'; did you mean 'policy'\?"),
+        ("[policy]\nparts = ['all']\n", r"policy.parts.0: Input should be 'full', 'lora' or 'heads'"),
+        ("[policy]\nmin-patients = 1\n", "policy.min-patients: .*greater than or equal to 2"),
+        ("[policy]\nmax-sample-rate = 1.5\n", "policy.max-sample-rate: .*less than or equal to 1"),
+        ("[policy]\nepsilon-max = nan\n", "policy.epsilon-max: .*greater than 0"),
+        ("[testing]\ninsecure-noise-seed = -1\n", "testing.insecure-noise-seed"),
+        ("[device]\nname = 'tpu'\n", "device.name: Input should be 'auto', 'cpu' or 'cuda'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        opened(tmp_path, SHORTEST + change)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "name one source: table, or dicom with reports"),
+        ('dicom = "dicom"', "dicom and reports belong together"),
+        ('table = "t.csv"\ndicom = "dicom"\nreports = "r.csv"', "name one source"),
+        ('table = "t.csv"\nreports = "r.csv"', "dicom and reports belong together"),
+    ],
+)
+def test_a_cohort_has_one_source(source: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        opened(tmp_path, SHORTEST.replace('table = "images.csv"', source))
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", "-x", "x" * 65, "a\\nb"])
+def test_a_name_that_could_not_be_a_label_or_a_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="name: "):
+        opened(tmp_path, SHORTEST.replace("north", name))
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no site folder .*absent: make it with a site.toml"):
+        Site.open(tmp_path / "absent")
+    with pytest.raises(SettingsError, match=r"no settings file at .*site.toml"):
+        Site.open(tmp_path)
+
+
+def test_data_lies_relative_to_the_site(tmp_path: Path) -> None:
+    with pytest.raises(SourceMissingError, match=str(tmp_path / "images.csv")):
+        opened(tmp_path).cohort()
+
+
+def test_a_cohort_is_looked_at_once_per_process(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = hospitals / "hospitals" / "site-1"
+    first = packed_cohort(folder)
+    (folder / "reports.csv").unlink()
+    assert packed_cohort(folder) is first
+    with pytest.raises(SourceMissingError):
+        Site.open(folder).cohort()
+
+
+def test_the_ledger_belongs_to_the_site_and_stays_when_its_policy_changes(tmp_path: Path) -> None:
+    head = opened(tmp_path).ledger().head
+    ledger = opened(tmp_path, SHORTEST + "[policy]\nepsilon-max = 3.0\n").ledger()
+    assert (ledger.head, ledger.epsilon_max) == (head, 3.0)
+    with pytest.raises(WrongLedger, match="ledger of cohort north, not of south"):
+        opened(tmp_path, SHORTEST.replace("north", "south")).ledger()
