@@ -16,7 +16,7 @@ class Hospitals(TypedDict):
     seed: int
 
 
-HOSPITALS = Hospitals(sites=4, patients=1000, public_patients=800, seed=7)
+HOSPITALS = Hospitals(sites=4, patients=1000, public_patients=1200, seed=7)
 
 
 def settings(folder: Path) -> Federation:

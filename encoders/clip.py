@@ -145,7 +145,7 @@ def build(
     """The encoder named in a federation file.
 
     Args:
-        encoder: ``tiny`` (about 7 M parameters), ``vit-b-16``, or a local Hugging Face folder.
+        encoder: ``tiny`` (about 8 M parameters), ``vit-b-16``, or a local Hugging Face folder.
         image_size: Pixels of the square input; a folder knows its own.
         max_tokens: Longest text; a folder knows its own.
         seed: Initial weights; a folder brings its own.
@@ -245,7 +245,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "tiny": Architecture(
-        vision_width=256, vision_layers=4, vision_heads=4, patch=16,
+        vision_width=256, vision_layers=4, vision_heads=4, patch=32,
         text_width=256, text_layers=2, text_heads=4, embedding=128,
     ),
     # ViT-B/16 of Radford et al. (2021), table 20.
