@@ -251,12 +251,14 @@ def _expected() -> tuple[type[Exception], ...]:
     from server.metrics import ExporterError, RunLogError
     from strategies.bundles import BundleMissing
     from strategies.settings import SettingsError
+    from tasks.embeddings import EvaluationError
 
     return (
         BackendError,
         BundleMissing,
         CohortError,
         EncoderError,
+        EvaluationError,
         ExporterError,
         LedgerError,
         RunError,

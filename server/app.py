@@ -17,9 +17,16 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation named in the app's settings."""
+    """Run the federation named in the app's settings.
+
+    Relative paths are relative to the folder that Flower was started in, which may not be this shell's.
+
+    Raises:
+        SettingsError: the federation file cannot be used.
+        RunError: the run cannot start or go on.
+    """
     stay_offline()
-    federation = Federation.load(Path(str(context.run_config["federation"])))
+    federation = Federation.load(Path(str(context.run_config["federation"])).absolute())
     run_dir = Path(str(context.run_config["run-dir"]) or f"runs/{federation.name}")
     from server.start import (  # imports torch, which Flower's checks do without
         STARTS,

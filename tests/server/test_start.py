@@ -1,0 +1,190 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.errors import RunError
+from server.evaluation import EvaluationSet
+from server.federation import Federation
+from server.start import (
+    Prepared,
+    evaluator_of,
+    load_prepared,
+    prepare_from_settings,
+    prepared_start,
+    prompt_anchors,
+    save_prepared,
+    start_folder,
+    start_of,
+)
+from strategies.bundles import BundleMissing
+from tasks.prompts import PROMPTS
+from tests.encoders.micro import TEXTS, micro_encoder, random_images
+from tests.small_hospitals import bundle, federation
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    micro_encoder().export(tmp_path / "micro")
+    return tmp_path
+
+
+def prepared(**changes: Any) -> Prepared:
+    facts: dict[str, Any] = {"bundle": bundle(), "public_start": True, "source": "ab", "evaluation": None}
+    return Prepared(**{**facts, **changes})
+
+
+def evaluation() -> EvaluationSet:
+    return EvaluationSet(images=random_images(6), texts=TEXTS, labels={})
+
+
+def test_runs_share_a_start_unless_model_anchors_or_public_data_differ(root: Path) -> None:
+    def folder(**changes: Any) -> Path:
+        return start_folder(federation(root, **changes), root / "cache")
+
+    assert folder() == folder(name="other", training={"rounds": 9}, privacy={"epsilon": 1.0})
+    public = {"table": "t.csv"}
+    others = [
+        folder(),
+        folder(model={"seed": 1}),
+        folder(objective={"anchors": 7}),
+        folder(objective={"inverse-temperature": 9.0}),
+        folder(public_start=public),
+        folder(public_start={**public, "epochs": 3}),
+        folder(evaluation={"data": public}),
+    ]
+    assert len(set(others)) == len(others)
+
+
+def test_a_model_folder_with_new_files_is_another_start(root: Path) -> None:
+    before = start_folder(federation(root), root / "cache")
+    assert start_folder(federation(root), root / "cache") == before
+    os.utime(root / "micro" / "model.safetensors", ns=(1, 1))
+    assert start_folder(federation(root), root / "cache") != before
+
+
+@pytest.mark.parametrize("measured", [None, evaluation()])
+def test_what_is_saved_is_loaded(measured: EvaluationSet | None, tmp_path: Path) -> None:
+    save_prepared(tmp_path / "new" / "start", prepared(evaluation=measured))
+    loaded = load_prepared(tmp_path / "new" / "start")
+    assert loaded is not None
+    assert (loaded.bundle.digest, loaded.public_start, loaded.source) == (bundle().digest, True, "ab")
+    assert (loaded.evaluation is None) == (measured is None)
+    assert loaded.evaluation is None or loaded.evaluation.texts == TEXTS
+
+
+def test_where_nothing_was_prepared_nothing_is_found(tmp_path: Path) -> None:
+    assert load_prepared(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_crash_while_saving_leaves_the_old_start_whole(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundle, evaluation set and facts are each put in place by one rename; stop before each."""
+    save_prepared(tmp_path, prepared())
+    replace, calls = os.replace, 0
+
+    def crash(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    changed = prepared(bundle=prepare_from_settings(tiny()).bundle, source="cd", evaluation=evaluation())
+    with pytest.raises(KeyboardInterrupt):
+        save_prepared(tmp_path, changed)
+    kept = load_prepared(tmp_path)
+    assert kept is not None
+    assert (kept.bundle.digest, kept.source) == (bundle().digest, "ab")
+
+
+def prepare_from_settings_bundle(tmp_path: Path) -> Any:
+    return prepare_from_settings(tiny()).bundle
+
+
+def tiny(**changes: Any) -> Federation:
+    document = {
+        "version": 1,
+        "name": "tiny",
+        "model": {"image-size": 32, "max-tokens": 16},
+        "privacy": {"epsilon": 8.0},
+        **changes,
+    }
+    return Federation.parse(document, source="test")
+
+
+def test_a_start_of_another_version_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    save_prepared(tmp_path, prepared())
+    facts = json.loads((tmp_path / "start.json").read_text())
+    (tmp_path / "start.json").write_text(json.dumps({**facts, "version": 2}))
+    with pytest.raises(RunError, match="holds a start of version 2: delete the folder to make it anew"):
+        load_prepared(tmp_path)
+
+
+def test_a_start_whose_bundle_was_changed_is_refused(tmp_path: Path) -> None:
+    save_prepared(tmp_path, prepared())
+    (file,) = tmp_path.glob("*/bundle.json")
+    file.write_text(file.read_text().replace("clear lungs", "clear lunge"))
+    with pytest.raises(BundleMissing, match="was changed on disk"):
+        load_prepared(tmp_path)
+
+
+def test_without_public_data_a_start_needs_no_preparation(root: Path) -> None:
+    made = prepared_start(federation(root), cache=root / "cache")
+    assert (made.public_start, made.evaluation) == (False, None)
+    assert prepared_start(federation(root), cache=root / "cache").bundle.digest == made.bundle.digest
+    assert evaluator_of(federation(root), made) is None
+
+
+@pytest.mark.parametrize(
+    "public", [{"public_start": {"table": "t"}}, {"evaluation": {"data": {"table": "t"}}}]
+)
+def test_with_public_data_a_start_must_be_prepared_first(public: dict[str, Any], root: Path) -> None:
+    asked = federation(root, **public)
+    with pytest.raises(RunError, match=r"no start was prepared from it .* run 'clipward start'"):
+        prepared_start(asked, cache=root / "cache")
+    save_prepared(start_folder(asked, root / "cache"), prepared(evaluation=evaluation()))
+    found = prepared_start(asked, cache=root / "cache")
+    assert found.public_start
+    measure = evaluator_of(asked, found)
+    assert measure is not None
+    measured = measure(start_of(asked, found).arrays)
+    assert measured is not None
+    assert measured["retrieval"]["image_to_text"]["n"] == len(TEXTS)
+
+
+@pytest.mark.parametrize("part", ["full", "lora", "heads"])
+def test_round_zero_is_the_part_of_the_prepared_model(part: str, root: Path) -> None:
+    asked = federation(root, share={"part": part})
+    begin = start_of(asked, prepared())
+    assert begin.public_start
+    assert begin.bundle.digest == bundle().digest
+    for name, value in begin.arrays.items():
+        if "lora_" not in name:
+            assert np.array_equal(value, bundle().weights[name.replace(".base_layer", "")])
+
+
+def test_the_settings_alone_decide_the_tiny_model() -> None:
+    digests = [
+        prepare_from_settings(tiny(**changes)).bundle.digest
+        for changes in ({}, {}, {"model": {"image-size": 32, "max-tokens": 16, "seed": 1}})
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("size", [16, 30, 33])
+def test_prompts_and_noise_images_stand_in_for_public_anchors(size: int) -> None:
+    texts, images = prompt_anchors(10_000, size=size)
+    assert len(texts) == len(set(texts)) == len(images) > len(PROMPTS)
+    assert images.shape[1:] == (size, size)
+    assert images.dtype == np.uint8
+    few_texts, few_images = prompt_anchors(3, size=size)
+    assert few_texts == texts[:3]
+    assert len(few_images) == 3
+    assert np.array_equal(prompt_anchors(3, size=size)[1], few_images)
