@@ -62,7 +62,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def site_folder(context: Context) -> Path:
-    """The folder of the site that this node is.
+    """The folder of the site that this node is, as an absolute path: what is kept in memory goes by it.
 
     A deployed node is told by its operator (node setting ``site``). A simulated one takes its place in the
     sorted sub-folders of the run setting ``sites``.
@@ -71,8 +71,8 @@ def site_folder(context: Context) -> Path:
         SettingsError: there are fewer sites than nodes.
     """
     if "site" in context.node_config:
-        return Path(str(context.node_config["site"]))
-    folders = site_folders(Path(str(context.run_config["sites"])))
+        return Path(str(context.node_config["site"])).resolve()
+    folders = site_folders(Path(str(context.run_config["sites"])).resolve())
     number = int(context.node_config["partition-id"])
     if number >= len(folders):
         raise SettingsError(

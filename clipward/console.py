@@ -115,7 +115,11 @@ def guarantee(summary: Mapping[str, Any]) -> str:
     """One sentence on what the run promises its patients."""
     privacy = summary["privacy"]
     if not privacy["formal_guarantee"]:
-        return "No formal guarantee: this run had no differential privacy."
+        reasons = {
+            "none": "this run had no differential privacy.",
+            "dp": "the noise came from a fixed seed, which is for tests alone.",
+        }
+        return f"No formal guarantee: {reasons.get(privacy['mode'], 'nobody knows how this run began.')}"
     epsilon = "unknown" if privacy["epsilon"] is None else epsilon_text(privacy["epsilon"])
     return (
         f"Every patient: epsilon = {epsilon} at delta = {privacy['delta']:g} "

@@ -183,6 +183,15 @@ def test_a_deployed_node_is_the_site_its_operator_named(tmp_path: Path) -> None:
     assert site_folder(named) == tmp_path
 
 
+def test_a_site_is_known_by_its_absolute_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that changes its folder must not take one site's cohort for another's."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "site.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert site_folder(context({"site": "site"})) == tmp_path / "site"
+    assert site_folder(context({"partition-id": 0}, sites=".")) == tmp_path / "site"
+
+
 def test_simulated_nodes_take_the_sites_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("c", "a", "b", "no site"):
         (tmp_path / name).mkdir()
