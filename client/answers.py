@@ -14,7 +14,7 @@ from client.errors import Refused
 from client.policy import check_plan, mechanism_for
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
-from client.training import train_plainly, train_privately
+from client.training import plain_steps, train_plainly, train_privately
 from client.workbench import InstalledBundle, anchors_of, device_name, part_of, training_data
 from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
@@ -92,6 +92,7 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
             mechanism=mechanism,
             patients_declared=site.settings.cohort.patients_declared,
             noise=noise,
+            server_round=request.server_round,
             sampling=np.random.default_rng(_insecure_seed(site, request)) if insecure else os_generator(),
         )
         seconds = COARSE_SECONDS * math.ceil((time.monotonic() - started) / COARSE_SECONDS)
@@ -130,13 +131,13 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     _, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
     started = time.monotonic()
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
+    pairs = training_data(site.folder, part, texts).pairs
     update = train_plainly(
-        part,
-        training_data(site.folder, part, texts).pairs,
-        request.plan,
-        rng=np.random.default_rng(seed),
+        part, pairs, request.plan, rng=np.random.default_rng(seed), server_round=request.server_round
     )
-    return Release(facts=_facts(site, request, seconds=time.monotonic() - started), update=update)
+    steps = plain_steps(request.plan, pairs=len(pairs))
+    facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
+    return Release(facts=facts, update=update)
 
 
 def _ready(site: Site, request: TrainRequest) -> TrainablePart:
@@ -193,12 +194,13 @@ def _facts(
     mechanism: DpSgd | None = None,
     ledger: Ledger | None = None,
     insecure: bool = False,
+    steps: int | None = None,
 ) -> ReleaseFacts:
     return ReleaseFacts(
         site=site.name,
         server_round=request.server_round,
         patients_declared=site.settings.cohort.patients_declared,
-        steps=request.plan.steps,
+        steps=request.plan.steps if steps is None else steps,
         seconds=seconds,
         epsilon=ledger.spent() if ledger else None,
         epsilon_max=ledger.epsilon_max if ledger else None,

@@ -26,6 +26,9 @@ def check_plan(site: Site, request: TrainRequest) -> None:
         "without privacy only the infonce objective is trained": (
             plan.privacy == "none" and plan.objective != "infonce"
         ),
+        "with privacy every site takes the same public number of steps: epochs would tell its size": (
+            plan.privacy == "dp" and plan.epochs is not None
+        ),
         "a plan with privacy names an epsilon": plan.privacy == "dp" and plan.epsilon is None,
         "round is past the plan's last": request.server_round > plan.rounds,
     }

@@ -1,5 +1,6 @@
 """Local training of one round: with a privacy claim, or plainly without one."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from encoders.augmentation import augment
 from encoders.fitting import Pairs, fit_infonce
@@ -21,6 +23,7 @@ from strategies.messages import Arrays, TrainingPlan
 
 ANCHOR_REFRESH_STEPS = 20
 ENCODE_ROWS = 128
+WARM_UP = 0.1
 Call = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -57,6 +60,7 @@ def train_privately(
     patients_declared: int,
     noise: GaussianNoise,
     sampling: np.random.Generator,
+    server_round: int = 1,
 ) -> Arrays:
     """Take ``mechanism.steps`` noised steps with the anchored loss.
 
@@ -70,7 +74,7 @@ def train_privately(
     """
     before = part.arrays()
     parameters = dict(part.module.named_parameters())
-    optimizer = _optimizer(part, plan)
+    optimizer, schedule = _optimizer(part, plan, server_round=server_round, steps=mechanism.steps)
     rows_of = _rows_by_patient(data.patients)
     divisor = mechanism.sample_rate * patients_declared
     for step in range(mechanism.steps):
@@ -89,34 +93,60 @@ def train_privately(
         for name, noised in mechanism.release(raw_sum, noise).items():
             parameters[name].grad = noised / divisor
         optimizer.step()
+        schedule.step()
     return _difference(part.arrays(), before)
 
 
 def train_plainly(
-    part: TrainablePart, pairs: Pairs, plan: TrainingPlan, *, rng: np.random.Generator
+    part: TrainablePart, pairs: Pairs, plan: TrainingPlan, *, rng: np.random.Generator, server_round: int = 1
 ) -> Arrays:
-    """Take ``plan.steps`` steps of InfoNCE on shuffled pairs. No privacy guarantee of any kind.
+    """Take this round's steps of InfoNCE on shuffled pairs. No privacy guarantee of any kind.
 
     Returns:
         Trained minus given weights, float32.
     """
     before = part.arrays()
+    steps = plain_steps(plan, pairs=len(pairs))
+    optimizer, schedule = _optimizer(part, plan, server_round=server_round, steps=steps)
     fit_infonce(
         part,
         pairs,
-        optimizer=_optimizer(part, plan),
-        steps=plan.steps,
+        optimizer=optimizer,
+        steps=steps,
         batch=plan.batch,
         inverse_temperature=plan.inverse_temperature,
         augmented=plan.augment,
         rng=rng,
+        on_step=lambda _: schedule.step(),
     )
     return _difference(part.arrays(), before)
 
 
-def _optimizer(part: TrainablePart, plan: TrainingPlan) -> torch.optim.Optimizer:
+def plain_steps(plan: TrainingPlan, *, pairs: int) -> int:
+    """Steps of one round without privacy, for a site of so many pairs."""
+    return plan.steps if plan.epochs is None else max(1, round(plan.epochs * pairs / plan.batch))
+
+
+def _optimizer(
+    part: TrainablePart, plan: TrainingPlan, *, server_round: int, steps: int
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """A fresh optimizer for this round, at the learning rate that the whole run's schedule has reached."""
     parameters = list(part.parameters().values())
-    return torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+
+    def factor(step: int) -> float:
+        return rate_factor(plan, (server_round - 1 + (step + 0.5) / steps) / plan.rounds)
+
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def rate_factor(plan: TrainingPlan, progress: float) -> float:
+    """What the learning rate is multiplied by after a share ``progress`` in (0, 1] of the whole run."""
+    if plan.schedule == "constant":
+        return 1.0
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
 def _difference(after: Arrays, before: Arrays) -> Arrays:

@@ -87,13 +87,20 @@ class Privacy(Settings):
 
 
 class Training(Settings):
-    """Local training: ``steps`` optimizer steps a round on ``batch`` expected patients each."""
+    """Local training: ``steps`` optimizer steps a round on ``batch`` expected patients each.
+
+    Attributes:
+        epochs: Instead of ``steps``, passes over the site's own pairs; only without privacy.
+        schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
+    """
 
     rounds: int = Field(default=10, ge=1)
     steps: int = Field(default=20, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     batch: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
     studies_per_patient: int = Field(default=2, ge=1)
     augment: bool = False
     seed: int = Field(default=0, ge=0)
@@ -183,6 +190,8 @@ class Federation(Settings):
             )
         if self.privacy.mode == "none" and self.objective.name == "anchored":
             raise ValueError("without privacy every site trains objective.name = 'infonce': set it")
+        if self.privacy.mode == "dp" and self.training.epochs is not None:
+            raise ValueError("training.epochs would tell a site's size: with privacy, say training.steps")
         return self
 
     @classmethod
@@ -231,9 +240,11 @@ class Federation(Settings):
             max_grad_norm=self.privacy.max_grad_norm,
             rounds=self.training.rounds,
             steps=self.training.steps,
+            epochs=self.training.epochs,
             batch=self.training.batch,
             learning_rate=self.training.learning_rate,
             weight_decay=self.training.weight_decay,
+            schedule=self.training.schedule,
             studies_per_patient=self.training.studies_per_patient,
             augment=self.training.augment,
             seed=self.training.seed,

@@ -73,8 +73,11 @@ class TrainingPlan(Facts):
         privacy: ``dp`` or ``none``.
         epsilon: Asked for the whole run, per patient, add/remove; null without DP.
         rounds: Rounds of the whole run, so that the site can plan its noise for all of them.
-        steps: Optimizer steps per round.
+        steps: Optimizer steps per round, the same at every site.
+        epochs: Instead of ``steps``, passes over the site's own pairs per round; only without privacy, since
+            the number of steps would then tell the site's size.
         batch: Expected patients per step (a public number; sample rate = batch / declared patients).
+        schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
         max_grad_norm: Clipping bound C of one patient's gradient.
         studies_per_patient: At most so many pairs of a sampled patient are averaged into its gradient.
         inverse_temperature: Fixed logit scale s = 1 / temperature.
@@ -88,9 +91,11 @@ class TrainingPlan(Facts):
     epsilon: float | None = Field(default=None, gt=0)
     rounds: int = Field(ge=1)
     steps: int = Field(ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     batch: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(gt=0)
     studies_per_patient: int = Field(ge=1)
     inverse_temperature: float = Field(gt=0)

@@ -95,6 +95,7 @@ def test_an_absolute_path_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        ({"training": {"epochs": 1}}, "training.epochs would tell a site's size"),
         ({"objective": {"name": "infonce"}}, "couples the patients of a batch, so no epsilon can be claimed"),
         ({"privacy": {}}, 'mode "dp" needs epsilon'),
         ({"privacy": {"mode": "none", "epsilon": 1.0}}, 'mode "none" has none'),
