@@ -1,4 +1,4 @@
-"""`flwr run .` as in the manual: Flower builds the bundle, starts its own SuperLink, and the run ends well."""
+"""`flwr run .` as in the manual: Flower builds the bundle, starts its SuperLink, and the run ends well."""
 
 import os
 import shutil
