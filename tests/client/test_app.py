@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, RecordDict
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from client import app
@@ -98,7 +98,8 @@ def test_a_failure_is_a_code_outside_and_a_cause_inside(
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(min_size=12))
+@given(text=st.text(st.characters(), min_size=12))
+@example(text="\udcff" * 12)
 def test_no_text_of_an_exception_leaves(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lone surrogates too, as file names that are not UTF-8 have them."""
     monkeypatch.setattr(app, "answer_hello", raising(OSError(text)))
