@@ -15,7 +15,7 @@ from client.policy import check_plan, mechanism_for
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
 from client.training import plain_steps, train_plainly, train_privately
-from client.workbench import InstalledBundle, anchors_of, device_name, part_of, training_data
+from client.workbench import InstalledBundle, anchors_of, device_name, kept_optimizer, part_of, training_data
 from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
 from privacy.errors import AlreadyReleased, BudgetExceeded
@@ -133,7 +133,12 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
     pairs = training_data(site.folder, part, texts).pairs
     update = train_plainly(
-        part, pairs, request.plan, rng=np.random.default_rng(seed), server_round=request.server_round
+        part,
+        pairs,
+        request.plan,
+        rng=np.random.default_rng(seed),
+        server_round=request.server_round,
+        kept=kept_optimizer(site.folder, request.run) if request.plan.keep_optimizer else None,
     )
     steps = plain_steps(request.plan, pairs=len(pairs))
     facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)

@@ -29,6 +29,9 @@ def check_plan(site: Site, request: TrainRequest) -> None:
         "with privacy every site takes the same public number of steps: epochs would tell its size": (
             plan.privacy == "dp" and plan.epochs is not None
         ),
+        "with privacy a round depends on nothing but its request: no optimizer is kept": (
+            plan.privacy == "dp" and plan.keep_optimizer
+        ),
         "a plan with privacy names an epsilon": plan.privacy == "dp" and plan.epsilon is None,
         "round is past the plan's last": request.server_round > plan.rounds,
     }

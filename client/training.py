@@ -25,6 +25,7 @@ ANCHOR_REFRESH_STEPS = 20
 ENCODE_ROWS = 128
 WARM_UP = 0.1
 Call = Callable[..., tuple[Tensor, Tensor]]
+OptimizerState = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +99,30 @@ def train_privately(
 
 
 def train_plainly(
-    part: TrainablePart, pairs: Pairs, plan: TrainingPlan, *, rng: np.random.Generator, server_round: int = 1
+    part: TrainablePart,
+    pairs: Pairs,
+    plan: TrainingPlan,
+    *,
+    rng: np.random.Generator,
+    server_round: int = 1,
+    kept: OptimizerState | None = None,
 ) -> Arrays:
     """Take this round's steps of InfoNCE on shuffled pairs. No privacy guarantee of any kind.
+
+    Args:
+        part: Has the round's weights in it.
+        pairs: The site's training pairs.
+        plan: What the coordinator asks.
+        rng: Orders and augments.
+        server_round: From 1; decides where the learning-rate schedule is.
+        kept: The optimizer's state after the round before, empty at first; it is replaced in place.
 
     Returns:
         Trained minus given weights, float32.
     """
     before = part.arrays()
     steps = plain_steps(plan, pairs=len(pairs))
-    optimizer, schedule = _optimizer(part, plan, server_round=server_round, steps=steps)
+    optimizer, schedule = _optimizer(part, plan, server_round=server_round, steps=steps, kept=kept)
     fit_infonce(
         part,
         pairs,
@@ -119,6 +134,8 @@ def train_plainly(
         rng=rng,
         on_step=lambda _: schedule.step(),
     )
+    if kept is not None:
+        kept.update(optimizer.state_dict())
     return _difference(part.arrays(), before)
 
 
@@ -128,11 +145,19 @@ def plain_steps(plan: TrainingPlan, *, pairs: int) -> int:
 
 
 def _optimizer(
-    part: TrainablePart, plan: TrainingPlan, *, server_round: int, steps: int
+    part: TrainablePart,
+    plan: TrainingPlan,
+    *,
+    server_round: int,
+    steps: int,
+    kept: OptimizerState | None = None,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """A fresh optimizer for this round, at the learning rate that the whole run's schedule has reached."""
+    """This round's optimizer, at the learning rate that the whole run's schedule has reached."""
     parameters = list(part.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    if kept:
+        groups = optimizer.state_dict()["param_groups"]  # the schedule starts from the plan's rate again
+        optimizer.load_state_dict({"state": kept["state"], "param_groups": groups})
 
     def factor(step: int) -> float:
         return rate_factor(plan, (server_round - 1 + (step + 0.5) / steps) / plan.rounds)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from client.site import packed_cohort
-from client.training import Anchors, TrainingData
+from client.training import Anchors, OptimizerState, TrainingData
 from encoders.clip import ClipEncoder
 from encoders.fitting import Pairs
 from encoders.objectives import same_meaning
@@ -73,3 +73,9 @@ def anchors_of(
 def device_name(wanted: Literal["auto", "cpu", "cuda"]) -> str:
     """``cuda`` where it is wanted and there, else ``cpu``."""
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@lru_cache(maxsize=64)
+def kept_optimizer(folder: Path, run: str) -> OptimizerState:
+    """The optimizer's state of the site in ``folder`` between the rounds of a run; empty at first."""
+    return {}

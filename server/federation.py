@@ -91,6 +91,7 @@ class Training(Settings):
 
     Attributes:
         epochs: Instead of ``steps``, passes over the site's own pairs; only without privacy.
+        keep_optimizer: Sites go on with their optimizer's state between rounds; only without privacy.
         schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
     """
 
@@ -101,6 +102,7 @@ class Training(Settings):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
+    keep_optimizer: bool = False
     studies_per_patient: int = Field(default=2, ge=1)
     augment: bool = False
     seed: int = Field(default=0, ge=0)
@@ -192,6 +194,8 @@ class Federation(Settings):
             raise ValueError("without privacy every site trains objective.name = 'infonce': set it")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
             raise ValueError("training.epochs would tell a site's size: with privacy, say training.steps")
+        if self.privacy.mode == "dp" and self.training.keep_optimizer:
+            raise ValueError("training.keep-optimizer is only for privacy.mode = 'none'")
         return self
 
     @classmethod
@@ -245,6 +249,7 @@ class Federation(Settings):
             learning_rate=self.training.learning_rate,
             weight_decay=self.training.weight_decay,
             schedule=self.training.schedule,
+            keep_optimizer=self.training.keep_optimizer,
             studies_per_patient=self.training.studies_per_patient,
             augment=self.training.augment,
             seed=self.training.seed,

@@ -78,6 +78,8 @@ class TrainingPlan(Facts):
             the number of steps would then tell the site's size.
         batch: Expected patients per step (a public number; sample rate = batch / declared patients).
         schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
+        keep_optimizer: The site goes on with its optimizer's state from the round before, which stays with it
+            in memory; only without privacy. A site that was restarted begins anew.
         max_grad_norm: Clipping bound C of one patient's gradient.
         studies_per_patient: At most so many pairs of a sampled patient are averaged into its gradient.
         inverse_temperature: Fixed logit scale s = 1 / temperature.
@@ -96,6 +98,7 @@ class TrainingPlan(Facts):
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
+    keep_optimizer: bool = False
     max_grad_norm: float = Field(gt=0)
     studies_per_patient: int = Field(ge=1)
     inverse_temperature: float = Field(gt=0)

@@ -5,8 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.training import plain_steps, rate_factor
+from client.training import plain_steps, rate_factor, train_plainly
+from encoders.clip import ClipEncoder
+from encoders.fitting import Pairs
+from encoders.parts import trainable_part
 from strategies.messages import TrainingPlan
+from tests.encoders.micro import micro_encoder, random_images
 
 
 def plan_of(**changes: object) -> TrainingPlan:
@@ -42,3 +46,22 @@ def test_epochs_are_counted_in_the_site_s_own_pairs(pairs: int, steps: int) -> N
 
 def test_without_epochs_every_site_takes_the_same_number_of_steps() -> None:
     assert {plain_steps(plan_of(), pairs=pairs) for pairs in (1, 10, 1000)} == {7}
+
+
+def test_a_kept_optimizer_makes_two_rounds_one_training() -> None:
+    """Two rounds of two steps with a kept state equal four steps in one round, from the same batches."""
+    encoder = micro_encoder()
+    images, texts = random_images(4), [f"finding number {row}" for row in range(4)]
+
+    def trained(rounds: int, steps: int, kept: dict[str, object] | None) -> list[np.ndarray]:
+        part = trainable_part(ClipEncoder.parse(encoder.describe(), encoder.weights()), "heads", lora_rank=1)
+        pairs = Pairs.of(part, images, texts)
+        plan = plan_of(part="heads", rounds=rounds, steps=steps, batch=4, keep_optimizer=kept is not None)
+        for server_round in range(1, rounds + 1):  # one batch holds every pair, so its order does not matter
+            rng = np.random.default_rng(0)
+            train_plainly(part, pairs, plan, rng=rng, server_round=server_round, kept=kept)
+        return [value for _, value in sorted(part.arrays().items())]
+
+    once, kept, forgotten = trained(1, 4, None), trained(2, 2, {}), trained(2, 2, None)
+    assert all(np.allclose(one, two, atol=1e-5) for one, two in zip(once, kept, strict=True))
+    assert not all(np.allclose(one, two, atol=1e-5) for one, two in zip(once, forgotten, strict=True))

@@ -95,6 +95,7 @@ def test_an_absolute_path_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        ({"training": {"keep-optimizer": True}}, "training.keep-optimizer is only for privacy.mode = 'none'"),
         ({"training": {"epochs": 1}}, "training.epochs would tell a site's size"),
         ({"objective": {"name": "infonce"}}, "couples the patients of a batch, so no epsilon can be claimed"),
         ({"privacy": {}}, 'mode "dp" needs epsilon'),
