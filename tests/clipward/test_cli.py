@@ -79,6 +79,7 @@ def test_without_a_command_it_lists_them() -> None:
     assert done("--version").stdout.startswith("clipward 0.")
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command in the order of the manual, with the shipped model."""
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,7 @@ from strategies.messages import (
 )
 from tests.small_hospitals import PATIENTS, ROUNDS, change_site, write_federation
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 PHRASE = "zyxwolfian opacity"
 MARKERS = {
