@@ -38,6 +38,8 @@ def asked(server_round: int = 1, **changes: Any) -> TrainRequest:
         ({"part": "full"}, "part 'full' is not among policy.parts"),
         ({"privacy": "none", "objective": "infonce", "epsilon": None}, "policy.require-dp is set"),
         ({"objective": "infonce"}, "in-batch negatives couple patients: no epsilon can be claimed"),
+        ({"epochs": 1}, "the same public number of steps: epochs would tell its size"),
+        ({"keep_optimizer": True}, "a round depends on nothing but its request: no optimizer is kept"),
         ({"epsilon": None}, "a plan with privacy names an epsilon"),
         ({"server_round": 4}, "round is past the plan's last"),
         ({"batch": 11}, "sample rate 0.44 is above policy.max-sample-rate 0.4"),
