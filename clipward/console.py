@@ -73,10 +73,11 @@ def _plain_progress() -> Callable[[str, int, int], None]:
 def result_table(summary: Mapping[str, Any]) -> Table:
     """The figures of a run beside chance, its public start and whatever it was compared with."""
     mode = summary["privacy"]["mode"]
+    compared = summary.get("compare", {}).items()
     columns = {
         "public start": summary["public_start"],
         "after private federation" if mode == "dp" else "after federation": summary["evaluation"],
-        **{name.replace("_", " "): one for name, one in summary.get("compare", {}).items()},
+        **{name.replace("_", " ").replace("dp", "DP"): one for name, one in compared},
     }
     columns = {name: evaluation for name, evaluation in columns.items() if evaluation is not None}
     table = Table(title=f"{summary['run']}: held-out patients of all sites", title_justify="left")

@@ -103,7 +103,7 @@ class Training(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     keep_optimizer: bool = False
-    studies_per_patient: int = Field(default=2, ge=1)
+    studies_per_patient: int = Field(default=2, ge=1, le=64)
     augment: bool = False
     seed: int = Field(default=0, ge=0)
 

@@ -100,7 +100,7 @@ class TrainingPlan(Facts):
     schedule: Literal["constant", "cosine"] = "constant"
     keep_optimizer: bool = False
     max_grad_norm: float = Field(gt=0)
-    studies_per_patient: int = Field(ge=1)
+    studies_per_patient: int = Field(ge=1, le=64)
     inverse_temperature: float = Field(gt=0)
     anchors: int = Field(ge=1)
     augment: bool

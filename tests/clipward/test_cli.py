@@ -140,7 +140,7 @@ def test_noise_from_a_fixed_seed_is_no_guarantee_and_says_so(root: Path) -> None
 def test_a_comparison_is_a_column_and_costs_the_hospitals_nothing(root: Path) -> None:
     result = done("simulate", "federation.toml", "--compare")
     assert "after private federation" in result.stdout
-    assert "without dp" in result.stdout
+    assert "without DP" in result.stdout
     summary = json.loads((root / "runs/small/summary.json").read_text())
     assert set(summary["compare"]) == {"without_dp"}
     for folder in root.glob("hospitals/*"):
@@ -205,7 +205,7 @@ def test_the_demo_can_be_repeated_with_the_same_result_at_no_cost(
     heads = [Site.open(folder).ledger().head for folder in root.glob("demo/site-*")]
     assert done("demo", "--folder", root / "demo").stdout == first
     assert [Site.open(folder).ledger().head for folder in root.glob("demo/site-*")] == heads
-    assert "without dp" in first
+    assert "without DP" in first
 
 
 def test_an_image_that_cannot_be_read_costs_that_image_only(root: Path) -> None:
