@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from strategies.files import sync
 from strategies.messages import Release, ReleaseFacts
 
 VERSION = "1"
@@ -53,11 +54,7 @@ class ReleaseStore:
             release = self.find(request_digest) or release
         finally:
             os.unlink(temporary)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(self.folder)
         return release
 
     def _path(self, request_digest: str) -> Path:

@@ -6,46 +6,29 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from client.cohort import Cohort, CohortSettings, build_cohort
 from privacy.accounting import default_delta
 from privacy.ledger import Ledger
 from strategies.messages import Part
-from strategies.settings import Settings, SettingsError
+from strategies.settings import PairSource, Settings, SettingsError
 
 SITE_FILE = "site.toml"
 
 
-class CohortTable(Settings):
-    """Where the site's images and reports are.
+class CohortTable(PairSource):
+    """Where the site's images and reports are, and what it says about them.
 
     Attributes:
-        dicom: Folder of DICOM files, with ``reports``, a CSV.
-        table: Instead of them, an image table (CSV: image, text, patient_id, perhaps split).
-        where: Only the rows of ``table`` with these values.
-        labels: CSV of labels, for evaluation only.
         patients_declared: The cohort's size as the site states it in public; never the exact count.
         image_size: Pixels images are packed at.
         test_fraction: Share of patients held out, where no split column says so.
     """
 
-    dicom: Path | None = None
-    reports: Path | None = None
-    table: Path | None = None
-    where: dict[str, str] = Field(default_factory=dict)
-    labels: Path | None = None
     patients_declared: int = Field(ge=1)
     image_size: int = Field(default=224, ge=16, le=1024)
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.table is None) == (self.dicom is None):
-            raise ValueError("name one source: table, or dicom with reports")
-        if (self.dicom is None) != (self.reports is None):
-            raise ValueError("dicom and reports belong together")
-        return self
 
 
 class Policy(Settings):

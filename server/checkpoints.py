@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from server.errors import CheckpointError
+from strategies.files import sync
 from strategies.messages import Arrays
 
 logger = logging.getLogger(f"clipward.{__name__}")
@@ -65,20 +65,20 @@ def save(
     """
     folder = run_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    _sync(run_dir)
+    sync(run_dir)
     _remove_temporaries(folder)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))
     save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, temporary / _ARRAYS)
     manifest = {"version": VERSION, "round": server_round, "sha256": _sha256(temporary / _ARRAYS), **state}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", "utf-8")
     for path in (temporary / _ARRAYS, temporary / _MANIFEST, temporary):
-        _sync(path)
+        sync(path)
     target = folder / f"round-{server_round:04d}"
     if target.exists():  # what an earlier life of this run left torn, else it would have been loaded
         target.rename(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))
     temporary.chmod(0o755)  # mkdtemp's 0700 would hide it from the people it is written for
     temporary.rename(target)
-    _sync(folder)
+    sync(folder)
     for _, old in list(_newest_first(folder))[keep:]:
         shutil.rmtree(old)
     _remove_temporaries(folder)
@@ -137,11 +137,3 @@ def _remove_temporaries(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from strategies.messages import Part, TrainingPlan
-from strategies.settings import Settings
+from strategies.settings import PairSource, Settings
 
 
 class ModelSettings(Settings):
@@ -25,22 +25,8 @@ class ModelSettings(Settings):
     seed: int = Field(default=0, ge=0)
 
 
-class PublicData(Settings):
-    """Image-text pairs that are public: a DICOM folder with a reports CSV, or an image table."""
-
-    dicom: Path | None = None
-    reports: Path | None = None
-    labels: Path | None = None
-    table: Path | None = None
-    where: dict[str, str] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.table is None) == (self.dicom is None):
-            raise ValueError("name one source: table, or dicom with reports")
-        if (self.dicom is None) != (self.reports is None):
-            raise ValueError("dicom and reports belong together")
-        return self
+class PublicData(PairSource):
+    """Image-text pairs that are public."""
 
 
 class PublicStart(PublicData):

@@ -23,6 +23,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from strategies.files import sync
+
 logger = logging.getLogger(f"clipward.{__name__}")
 
 VERSION = 1
@@ -61,7 +63,7 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             _cut_torn_tail(file)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
     def record(self, kind: str, **fields: JSON) -> None:
         """Append one event.
@@ -369,12 +371,3 @@ def _cut_torn_tail(file: BinaryIO) -> None:
         kept = file.read().rfind(b"\n") + 1
         logger.warning("cut %d bytes of a torn last line off the run's events", end - kept)
         file.truncate(kept)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the file's name as durable as its content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
+from strategies.files import sync
 from strategies.messages import PublicBundle
 
 ANCHOR_IMAGES = "anchor_images"
@@ -42,9 +43,9 @@ class BundleStore:
             facts = {"version": 1, "model": dict(bundle.model), "anchor_texts": list(bundle.anchor_texts)}
             (partial / "bundle.json").write_text(json.dumps(facts), encoding="utf-8")
             for written in (*partial.iterdir(), partial):
-                _sync(written)
+                sync(written)
             os.replace(partial, self._path(digest))
-            _sync(self.folder)
+            sync(self.folder)
         except OSError:
             if not self.has(digest):  # else another process was first
                 raise
@@ -75,11 +76,3 @@ class BundleStore:
 
     def _path(self, digest: str) -> Path:
         return self.folder / digest
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class SettingsError(ValueError):
@@ -48,6 +48,32 @@ class Settings(BaseModel):
         except ValidationError as error:
             lines = [_explain(cls, dict(mistake)) for mistake in error.errors()]
             raise SettingsError("\n".join([f"{source} cannot be used:", *lines])) from None
+
+
+class PairSource(Settings):
+    """Where image-text pairs are: a DICOM folder with a reports CSV, or an image table.
+
+    Attributes:
+        dicom: Folder of DICOM files, with ``reports``, a CSV.
+        reports: One report per study.
+        table: Instead of them, an image table (CSV: image, text, patient_id, perhaps split).
+        where: Only the rows of ``table`` with these values.
+        labels: CSV of labels, for evaluation only.
+    """
+
+    dicom: Path | None = None
+    reports: Path | None = None
+    table: Path | None = None
+    where: dict[str, str] = Field(default_factory=dict)
+    labels: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.table is None) == (self.dicom is None):
+            raise ValueError("name one source: table, or dicom with reports")
+        if (self.dicom is None) != (self.reports is None):
+            raise ValueError("dicom and reports belong together")
+        return self
 
 
 def _explain(model: type[BaseModel], mistake: dict[str, Any]) -> str:

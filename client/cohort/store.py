@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from client.cohort.errors import EmptyCohortError, StoredCohortError
 from client.cohort.outcomes import Code, Rejected, State
+from strategies.files import sync
 
 VERSION = 1
 IMAGES, INDEX, MANIFEST, QUARANTINE = "images.npy", "index.npz", "cohort.json", "quarantine.csv"
@@ -168,7 +169,7 @@ class CohortWriter:
             _flush(file)
         _write(self._folder / QUARANTINE, self._quarantine())
         _write(self._folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-        _sync_folder(self._folder)
+        sync(self._folder)
         self._replace()
 
     def _refuse(self, codes: Counter[Code]) -> NoReturn:
@@ -197,7 +198,7 @@ class CohortWriter:
             shutil.rmtree(aside)
         else:
             self._folder.rename(self._out)
-        _sync_folder(self._out.parent)
+        sync(self._out.parent)
 
     def _write_header(self) -> None:
         # numpy pads the header so that its length does not change while the first axis grows.
@@ -316,11 +317,3 @@ def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

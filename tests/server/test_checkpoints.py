@@ -11,6 +11,7 @@ import pytest
 from server import checkpoints
 from server.checkpoints import load_latest, newest_round, save
 from server.errors import CheckpointError
+from strategies import files
 from strategies.messages import Arrays, digest_of
 
 ARRAYS: Arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(1.5, dtype=np.float32)}
@@ -144,7 +145,7 @@ def test_another_version_is_refused_by_name(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sha256", "_sync", "os.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("step", ["save_file", "_sha256", "sync", "os.rename", "shutil.rmtree"])
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
 def test_a_crash_at_any_step_leaves_the_old_checkpoint_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, call: int
@@ -174,7 +175,7 @@ def crash_in(patched: pytest.MonkeyPatch, step: str, call: int) -> None:
     owner, name = {
         "save_file": (checkpoints, "save_file"),
         "_sha256": (checkpoints, "_sha256"),
-        "_sync": (checkpoints, "_sync"),
+        "sync": (checkpoints, "sync"),
         "os.rename": (os, "rename"),
         "shutil.rmtree": (shutil, "rmtree"),
     }[step]
@@ -193,7 +194,7 @@ def test_everything_is_synced_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    sync, rename = checkpoints._sync, os.rename
+    sync, rename = files.sync, os.rename
 
     def watched_sync(path: Path) -> None:
         done.append(path.name if not path.name.startswith(".tmp-") else "temporary")
@@ -203,7 +204,7 @@ def test_everything_is_synced_before_the_rename_and_the_folder_after_it(
         done.append("rename")
         rename(source, target)
 
-    monkeypatch.setattr(checkpoints, "_sync", watched_sync)
+    monkeypatch.setattr(checkpoints, "sync", watched_sync)
     monkeypatch.setattr(os, "rename", watched_rename)
     save(tmp_path, 1, ARRAYS, {})
     assert done[-5:] == ["arrays.safetensors", "manifest.json", "temporary", "rename", "checkpoints"]
