@@ -15,10 +15,11 @@ from encoders.augmentation import augment
 from encoders.fitting import Pairs, fit_infonce
 from encoders.objectives import anchored_loss
 from encoders.parts import TrainablePart
-from privacy.engine import ClippingEngine, VmapEngine
+from privacy.engine import ClippingEngine
 from privacy.mechanism import DpSgd
 from privacy.noise import GaussianNoise
 from privacy.sampling import poisson_sample
+from privacy.vmap import VmapEngine
 from strategies.messages import Arrays, TrainingPlan
 
 ANCHOR_REFRESH_STEPS = 20
@@ -224,16 +225,17 @@ def _encode(part: TrainablePart, anchors: Anchors) -> tuple[Tensor, Tensor]:
 def _engine(part: TrainablePart, bank: tuple[Tensor, Tensor], plan: TrainingPlan) -> ClippingEngine:
     image_anchors, text_anchors = bank
 
-    def patient_loss(call: Call, record: Mapping[str, Tensor]) -> Tensor:
-        image_embeddings, text_embeddings = call(record["images"], record["texts"])
+    def patient_losses(call: Call, batch: Mapping[str, Tensor]) -> Tensor:
+        weights = batch["weights"]
+        image_embeddings, text_embeddings = call(batch["images"].flatten(0, 1), batch["texts"].flatten(0, 1))
         losses = anchored_loss(
             image_embeddings,
             text_embeddings,
             text_anchors=text_anchors,
             image_anchors=image_anchors,
-            masked=record["masked"],
+            masked=batch["masked"].flatten(0, 1),
             inverse_temperature=plan.inverse_temperature,
         )
-        return (record["weights"] * losses).sum()
+        return (weights * losses.view_as(weights)).sum(1)
 
-    return VmapEngine(part.module, patient_loss)
+    return VmapEngine(part.module, patient_losses)

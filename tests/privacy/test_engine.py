@@ -20,13 +20,13 @@ from encoders.parts import TrainablePart, trainable_part
 from privacy.engine import (
     Batch,
     ClippingEngine,
-    PatientLoss,
-    VmapEngine,
+    PatientLosses,
     clip_factors,
     raw_norms,
     refuse_batch_statistics,
 )
 from privacy.errors import UnsoundTraining
+from privacy.vmap import VmapEngine
 from tests.encoders.micro import EMBEDDING, TEXTS, micro_encoder, random_images
 
 KINDS = ("heads", "lora", "full")
@@ -65,22 +65,23 @@ def anchors(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def loss_with(dtype: torch.dtype) -> PatientLoss:
+def loss_with(dtype: torch.dtype) -> PatientLosses:
     image_anchors, text_anchors = anchors(dtype)
 
-    def patient_loss(call: Callable[..., tuple[Tensor, Tensor]], record: Mapping[str, Tensor]) -> Tensor:
-        images, texts = call(record["images"], record["texts"])
+    def patient_losses(call: Callable[..., tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
+        weights = batch["weights"]
+        images, texts = call(batch["images"].flatten(0, 1), batch["texts"].flatten(0, 1))
         losses = anchored_loss(
             images,
             texts,
             text_anchors=text_anchors,
             image_anchors=image_anchors,
-            masked=record["masked"],
+            masked=batch["masked"].flatten(0, 1),
             inverse_temperature=SCALE,
         )
-        return (record["weights"] * losses).sum()
+        return (weights * losses.view_as(weights)).sum(1)
 
-    return patient_loss
+    return patient_losses
 
 
 def engine_of(kind: str, dtype: torch.dtype, *, chunk: int = 16) -> VmapEngine:
@@ -121,11 +122,12 @@ def at_ratios(batch: dict[str, Tensor], raw: list[float], ratios: list[float], b
 
 def autograd_loop(kind: str, dtype: torch.dtype, batch: Batch) -> list[dict[str, Tensor]]:
     """Gradients by one backward pass per patient: no vmap, no functional call."""
-    module, patient_loss = part_of(kind, dtype).module, loss_with(dtype)
+    module, patient_losses = part_of(kind, dtype).module, loss_with(dtype)
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
     found = []
     for patient in range(len(batch["weights"])):
-        loss = patient_loss(module, {name: value[patient] for name, value in batch.items()})
+        alone = {name: value[[patient]] for name, value in batch.items()}
+        (loss,) = patient_losses(module, alone)
         raw = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True)
         found.append(dict(zip(trained, raw, strict=True)))
     return found
