@@ -20,7 +20,7 @@ from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
 from privacy.errors import AlreadyReleased, BudgetExceeded
 from privacy.ledger import Ledger, Reservation, ReservationRequest
-from privacy.mechanism import DpSgd
+from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise, os_generator
 from strategies.bundles import BundleMissing, BundleStore
 from strategies.messages import (
@@ -164,7 +164,7 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
     return part
 
 
-def _charge(request: TrainRequest, mechanism: DpSgd, noise: GaussianNoise) -> ReservationRequest:
+def _charge(request: TrainRequest, mechanism: Mechanism, noise: GaussianNoise) -> ReservationRequest:
     return ReservationRequest(
         request_digest=request.digest,
         run=request.run,
@@ -196,7 +196,7 @@ def _facts(
     request: TrainRequest,
     *,
     seconds: float,
-    mechanism: DpSgd | None = None,
+    mechanism: Mechanism | None = None,
     ledger: Ledger | None = None,
     insecure: bool = False,
     steps: int | None = None,

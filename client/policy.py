@@ -6,7 +6,7 @@ from client.errors import Refused
 from client.site import Site
 from privacy.accounting import noise_multiplier_for
 from privacy.errors import NoiseOutOfRange
-from privacy.mechanism import DpSgd
+from privacy.mechanism import AnchoredDpSgd, Mechanism
 from strategies.messages import RefusalCode, TrainingPlan, TrainRequest
 
 
@@ -42,7 +42,7 @@ def check_plan(site: Site, request: TrainRequest) -> None:
         raise Refused(RefusalCode.DEADLINE, "the deadline has passed: the reply would not be used")
 
 
-def mechanism_for(site: Site, plan: TrainingPlan) -> DpSgd:
+def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     """The noise this site adds so that the whole run costs its patients at most the plan's epsilon.
 
     Everything in it follows from public constants: the plan, the declared size, the policy.
@@ -67,7 +67,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> DpSgd:
         least = policy.min_noise_multiplier
         reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
         raise Refused(RefusalCode.POLICY, reason)
-    return DpSgd(
+    return AnchoredDpSgd(
         max_grad_norm=plan.max_grad_norm,
         noise_multiplier=noise_multiplier,
         sample_rate=sample_rate,

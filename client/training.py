@@ -16,7 +16,7 @@ from encoders.fitting import Pairs, fit_infonce
 from encoders.objectives import anchored_loss
 from encoders.parts import TrainablePart
 from privacy.engine import ClippingEngine
-from privacy.mechanism import DpSgd
+from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise
 from privacy.sampling import poisson_sample
 from privacy.vmap import VmapEngine
@@ -58,7 +58,7 @@ def train_privately(
     anchors: Anchors,
     plan: TrainingPlan,
     *,
-    mechanism: DpSgd,
+    mechanism: Mechanism,
     patients_declared: int,
     noise: GaussianNoise,
     sampling: np.random.Generator,
@@ -92,8 +92,8 @@ def train_privately(
             sampling=sampling,
         )
         raw_sum = engine.clipped_sum(raw_batch, max_grad_norm=mechanism.max_grad_norm)
-        for name, noised in mechanism.release(raw_sum, noise).items():
-            parameters[name].grad = noised / divisor
+        for name, value in mechanism.release(raw_sum, noise).over(divisor).arrays.items():
+            parameters[name].grad = value
         optimizer.step()
         schedule.step()
     return _difference(part.arrays(), before)

@@ -18,7 +18,7 @@ from client.training import ANCHOR_REFRESH_STEPS, Anchors, TrainingData, train_p
 from encoders.fitting import Pairs
 from encoders.objectives import anchored_loss, infonce_loss, same_meaning
 from encoders.parts import TrainablePart, trainable_part
-from privacy.mechanism import DpSgd
+from privacy.mechanism import AnchoredDpSgd
 from privacy.noise import GaussianNoise
 from strategies.messages import Arrays, Part, TrainingPlan
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
@@ -101,16 +101,16 @@ def anchors_of(part: TrainablePart) -> Anchors:
     return Anchors(images=images, texts=texts)
 
 
-def mechanism(**changes: Any) -> DpSgd:
+def mechanism(**changes: Any) -> AnchoredDpSgd:
     settings = {"max_grad_norm": BOUND, "noise_multiplier": 1.0, "sample_rate": 0.5, "steps": 3}
-    return DpSgd(**(settings | changes))
+    return AnchoredDpSgd(**(settings | changes))
 
 
 def private_update(
     part: TrainablePart,
     patients: list[int],
     *,
-    of: DpSgd,
+    of: AnchoredDpSgd,
     declared: int = DECLARED,
     noise: GaussianNoise | None = None,
     seed: int = 0,
@@ -185,7 +185,7 @@ def test_a_round_in_which_nobody_was_drawn_is_its_noise_and_calls_the_module_for
     assert equal(update, noise_alone(of, divisor=0.25 * DECLARED))
 
 
-def noise_alone(of: DpSgd, *, divisor: float) -> Arrays:
+def noise_alone(of: AnchoredDpSgd, *, divisor: float) -> Arrays:
     """AdamW on nothing but the mechanism's noise over a public divisor."""
     part, noise, plan = part_of(), GaussianNoise(insecure_seed=7), plan_of()
     before, parameters = part.arrays(), list(part.parameters().values())

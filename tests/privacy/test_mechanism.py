@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from privacy.accounting import PoissonGaussian
 from privacy.errors import UnsoundTraining
-from privacy.mechanism import DpSgd
+from privacy.mechanism import AnchoredDpSgd
 from privacy.noise import GaussianNoise
 
 COUNT = 20_000
@@ -20,16 +21,16 @@ FIVE_SIGMA = 5 / math.sqrt(COUNT)
 CLEAN = {"a": torch.full((COUNT,), 3.0), "b": torch.zeros(100, 200), "c": torch.ones(2, COUNT // 2)}
 
 
-def mechanism(**changes: Any) -> DpSgd:
+def mechanism(**changes: Any) -> AnchoredDpSgd:
     settings = {"max_grad_norm": 0.5, "noise_multiplier": 1.2, "sample_rate": 0.1, "steps": 7}
-    return DpSgd(**{**settings, **changes})
+    return AnchoredDpSgd(**{**settings, **changes})
 
 
-def noise_in(released: dict[str, Tensor]) -> dict[str, Tensor]:
+def noise_in(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: (value - CLEAN[name]).flatten() for name, value in released.items()}
 
 
-def fits(released: dict[str, Tensor], stddev: float) -> list[bool]:
+def fits(released: Mapping[str, Tensor], stddev: float) -> list[bool]:
     """Whether each array's noise looks normal with this deviation."""
     return [
         bool(kstest(each.numpy(), "norm", args=(0, stddev)).pvalue > 1e-3)
@@ -38,7 +39,11 @@ def fits(released: dict[str, Tensor], stddev: float) -> list[bool]:
 
 
 def test_it_says_what_it_protects_from_what() -> None:
-    assert (DpSgd.unit, DpSgd.adjacency, DpSgd.sampler) == ("patient", "add_remove", "poisson")
+    assert (AnchoredDpSgd.unit, AnchoredDpSgd.adjacency, AnchoredDpSgd.sampler) == (
+        "patient",
+        "add_remove",
+        "poisson",
+    )
 
 
 def test_the_noise_follows_from_the_bound() -> None:
@@ -53,13 +58,13 @@ def test_the_accountant_hears_the_same_numbers() -> None:
 
 @pytest.mark.parametrize(("claimed", "accepted"), [(1.0, True), (2 / 3, False), (3 / 2, False)])
 def test_every_array_has_noise_of_the_stated_deviation_and_no_other(claimed: float, accepted: bool) -> None:
-    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=1))
+    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=1)).arrays
     assert released.keys() == CLEAN.keys()
     assert fits(released, claimed * 0.6) == [accepted] * 3
 
 
 def test_an_array_without_noise_would_be_seen() -> None:
-    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=1))
+    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=1)).arrays
     assert fits({**released, "b": CLEAN["b"]}, 0.6) == [True, False, True]
 
 
@@ -70,18 +75,18 @@ def largest_correlation(noises: list[Tensor]) -> float:
 
 def test_noise_is_uncorrelated_between_arrays_and_between_steps() -> None:
     source = GaussianNoise(insecure_seed=2)
-    steps = [mechanism().release(CLEAN, source) for _ in range(3)]
+    steps = [mechanism().release(CLEAN, source).arrays for _ in range(3)]
     assert largest_correlation([each for step in steps for each in noise_in(step).values()]) < FIVE_SIGMA
 
 
 def test_repeated_noise_would_be_seen() -> None:
-    steps = [mechanism().release(CLEAN, GaussianNoise(insecure_seed=2)) for _ in range(2)]
+    steps = [mechanism().release(CLEAN, GaussianNoise(insecure_seed=2)).arrays for _ in range(2)]
     assert largest_correlation([each for step in steps for each in noise_in(step).values()]) > 0.99
 
 
 def test_a_release_leaves_the_sum_as_it_was() -> None:
     before = {name: value.clone() for name, value in CLEAN.items()}
-    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=3))
+    released = mechanism().release(CLEAN, GaussianNoise(insecure_seed=3)).arrays
     for name, value in CLEAN.items():
         assert torch.equal(value, before[name])
         assert released[name].shape == value.shape
@@ -96,7 +101,7 @@ def test_a_bound_outside_what_float32_can_keep_is_refused(bound: float) -> None:
 @pytest.mark.parametrize("bound", [1e-12, 1e12])
 def test_at_the_edges_of_the_range_the_noise_still_has_its_scale(bound: float) -> None:
     edge = mechanism(max_grad_norm=bound)
-    noise = edge.release({"a": torch.zeros(COUNT)}, GaussianNoise(insecure_seed=4))["a"]
+    noise = edge.release({"a": torch.zeros(COUNT)}, GaussianNoise(insecure_seed=4)).arrays["a"]
     assert kstest(noise.double().numpy() / bound, "norm", args=(0, 1.2)).pvalue > 1e-3
 
 
