@@ -1,8 +1,8 @@
-"""Contrastive losses. One decomposes over pairs and may carry a privacy claim, the other may not."""
+"""Contrastive losses. Two decompose over pairs and may carry a privacy claim, the third may not."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ def anchored_loss(
     image_anchors: Tensor,
     masked: Tensor,
     inverse_temperature: float,
+    positives: Tensor | None = None,
 ) -> Tensor:
     """Each pair against its own partner and public anchors, never against another pair of the batch.
 
@@ -33,8 +34,11 @@ def anchored_loss(
         text_embeddings: Unit vectors v, shape (B, D).
         text_anchors: Unit vectors without gradient, shape (K, D).
         image_anchors: Unit vectors without gradient, shape (K, D).
-        masked: Boolean (B, K): anchor k says the same as pair i, so it is no negative for it.
+        masked: Boolean (B, K): anchor k says the same as pair i, so it is left out for it.
         inverse_temperature: s, public and fixed.
+        positives: How far anchor k is a partner of pair i too, in [0, 1], shape (B, K), a function of row i
+            and the anchors alone. The target is then shared: 1 for the own partner, p for an anchor, over
+            their sum. None: no anchor is.
 
     Returns:
         Loss of each pair, shape (B,).
@@ -43,22 +47,83 @@ def anchored_loss(
         ValueError: an anchor carries a gradient (per-pair gradients would silently be wrong).
 
     Source:
-        Decomposed form of InfoNCE, van den Oord et al. (2018), arXiv:1807.03748, with a fixed bank.
+        Decomposed form of InfoNCE, van den Oord et al. (2018), arXiv:1807.03748, with a fixed bank; soft
+        targets as in MedCLIP, Wang et al. (2022), arXiv:2210.10163, section 3.3.
     """
-    if text_anchors.requires_grad or image_anchors.requires_grad:
-        raise ValueError("anchors must be built under no_grad: a bank with gradient leaks into every pair")
-    positive = inverse_temperature * (image_embeddings * text_embeddings).sum(-1, keepdim=True)
+    _refuse_gradient(text_anchors, image_anchors)
+    own = inverse_temperature * (image_embeddings * text_embeddings).sum(-1, keepdim=True)
     against_texts = inverse_temperature * image_embeddings @ text_anchors.T
     against_images = inverse_temperature * text_embeddings @ image_anchors.T
-    total = positive.new_zeros(positive.shape[:-1])
-    for negatives in (against_texts, against_images):
-        logits = torch.cat([positive, negatives.masked_fill(masked, -torch.inf)], dim=-1)
-        total = total + torch.logsumexp(logits, dim=-1) - positive.squeeze(-1)
+    shares = None if positives is None else positives.masked_fill(masked, 0)
+    total = own.new_zeros(own.shape[:-1])
+    for anchors in (against_texts, against_images):
+        target = own.squeeze(-1)
+        if shares is not None:
+            target = (target + (shares * anchors).sum(-1)) / (1 + shares.sum(-1))
+        logits = torch.cat([own, anchors.masked_fill(masked, -torch.inf)], dim=-1)
+        total = total + torch.logsumexp(logits, dim=-1) - target
     return 0.5 * total
 
 
+def anchored_sigmoid_loss(
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    *,
+    text_anchors: Tensor,
+    image_anchors: Tensor,
+    masked: Tensor,
+    inverse_temperature: float,
+    logit_bias: float,
+    positives: Tensor | None = None,
+) -> Tensor:
+    """SigLIP's form of `anchored_loss`: every pairing is a yes-or-no question of its own.
+
+    With z = s <x, y> + b of a pairing, the own partner costs -log sigmoid(z), and an anchor that is a partner
+    to the degree p costs -p log sigmoid(z) - (1 - p) log sigmoid(-z). The two sides' anchors are averaged, as
+    every pairing of SigLIP's batch counts once for two pairs.
+
+    Guarantees:
+        As `anchored_loss`: element i depends on pair i and the anchors alone.
+
+    Args:
+        image_embeddings: Unit vectors u, shape (B, D).
+        text_embeddings: Unit vectors v, shape (B, D).
+        text_anchors: Unit vectors without gradient, shape (K, D).
+        image_anchors: Unit vectors without gradient, shape (K, D).
+        masked: Boolean (B, K): anchor k says the same as pair i, so it is left out for it.
+        inverse_temperature: s, public and fixed.
+        logit_bias: b, public and fixed. About -log K keeps K anchors at the start from outweighing the one
+            partner (SigLIP starts at -10).
+        positives: p, as for `anchored_loss`. None: 0.
+
+    Returns:
+        Loss of each pair, shape (B,).
+
+    Raises:
+        ValueError: an anchor carries a gradient (per-pair gradients would silently be wrong).
+
+    Source:
+        Zhai et al. (2023), arXiv:2303.15343, algorithm 1, with a fixed bank instead of the batch.
+    """
+    _refuse_gradient(text_anchors, image_anchors)
+    own = inverse_temperature * (image_embeddings * text_embeddings).sum(-1) + logit_bias
+    total = -F.logsigmoid(own)
+    for embeddings, anchors in ((image_embeddings, text_anchors), (text_embeddings, image_anchors)):
+        logits = inverse_temperature * embeddings @ anchors.T + logit_bias
+        costs = -F.logsigmoid(-logits)
+        if positives is not None:
+            costs = costs - positives * logits
+        total = total + 0.5 * costs.masked_fill(masked, 0).sum(-1)
+    return total
+
+
 def infonce_loss(
-    image_embeddings: Tensor, text_embeddings: Tensor, *, same_text: Tensor, inverse_temperature: float
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    *,
+    same_text: Tensor,
+    inverse_temperature: float,
+    soft_targets: Tensor | None = None,
 ) -> Tensor:
     """CLIP's symmetric loss over the batch; pairs with the same text are no negatives of each other.
 
@@ -69,34 +134,78 @@ def infonce_loss(
         text_embeddings: Unit vectors, shape (B, D).
         same_text: Boolean (B, B), true where two pairs have the same text (the diagonal included).
         inverse_temperature: s = 1 / temperature.
+        soft_targets: How far text j is a partner of image i too, from the similarity of the texts: >= 0 and
+            of positive diagonal, shape (B, B). Rows, and columns for the other direction, are divided by
+            their sum. A pair with the same text and a target above 0 is a positive instead of left out.
+            None: the identity.
 
     Returns:
         Mean loss, a scalar.
 
     Source:
-        Radford et al. (2021), figure 3.
+        Radford et al. (2021), figure 3; semantic matching of Wang et al. (2022), arXiv:2210.10163, section
+        3.3, whose targets are the softmax of a similarity: give its exponential.
     """
     logits = inverse_temperature * image_embeddings @ text_embeddings.T
-    others = same_text & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(others, -torch.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    diagonal = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    targets = diagonal if soft_targets is None else soft_targets
+    left_out = same_text & (targets == 0)
+    candidates = logits.masked_fill(left_out, -torch.inf)
+    per_image = candidates.logsumexp(1) - (targets * logits).sum(1) / targets.sum(1)
+    per_text = candidates.logsumexp(0) - (targets * logits).sum(0) / targets.sum(0)
+    return 0.5 * (per_image.mean() + per_text.mean())
+
+
+def text_similarity(texts: Sequence[str], anchors: Sequence[str]) -> NDArray[np.float32]:
+    """Cosine of the word counts of each text and each anchor, in [0, 1], shape (N, K).
+
+    Row i depends on text i and the anchors alone. A text without a word is like nothing, itself included.
+    """
+    similarity = np.empty((len(texts), len(anchors)), dtype=np.float32)
+    for row, cosines in enumerate(_cosines(texts, anchors)):
+        similarity[row] = np.minimum(cosines, 1)
+    return similarity
 
 
 def same_meaning(texts: Sequence[str], anchors: Sequence[str]) -> NDArray[np.bool_]:
-    """Which anchors say the same as which text: cosine of word counts >= 0.9. Shape (N, K).
+    """Which anchors say the same as which text: `text_similarity` of at least 0.9. Shape (N, K)."""
+    matches = np.empty((len(texts), len(anchors)), dtype=bool)
+    for row, cosines in enumerate(_cosines(texts, anchors)):
+        matches[row] = cosines >= SAME_MEANING
+    return matches
 
-    Row i depends on text i and the anchors alone.
+
+def soft_positives(similarity: NDArray[np.float32], *, least: float) -> NDArray[np.float32]:
+    """How far an anchor is a positive: 0 up to a similarity of ``least``, 1 from 0.9 on, a line between.
+
+    Two reports share words whatever they say, and an objective divides its target among all positives: the
+    similarity itself would leave nothing to the own partner.
+
+    Args:
+        similarity: Of `text_similarity`, any shape.
+        least: In [0, 0.9).
+
+    Raises:
+        ValueError: ``least`` is out of its range.
     """
+    if not 0 <= least < SAME_MEANING:
+        raise ValueError(f"expected {least=} in [0, {SAME_MEANING})")
+    return np.asarray(np.clip((similarity - least) / (SAME_MEANING - least), 0, 1), dtype=np.float32)
+
+
+def _refuse_gradient(text_anchors: Tensor, image_anchors: Tensor) -> None:
+    if text_anchors.requires_grad or image_anchors.requires_grad:
+        raise ValueError("anchors must be built under no_grad: a bank with gradient leaks into every pair")
+
+
+def _cosines(texts: Sequence[str], anchors: Sequence[str]) -> Iterator[NDArray[np.float64]]:
+    """For each text, the cosine of its word counts with every anchor's, shape (K,)."""
     words = sorted({word for text in anchors for word in _words(text)})
     column = {word: position for position, word in enumerate(words)}
-    bank = np.stack([_counts(text, column) for text in anchors])
+    bank = np.array([_counts(text, column) for text in anchors]).reshape(len(anchors), len(words))
     bank_norm = np.array([_norm(text) for text in anchors])
-    matches = np.empty((len(texts), len(anchors)), dtype=bool)
-    for row, text in enumerate(texts):
-        cosine = bank @ _counts(text, column) / np.maximum(bank_norm * _norm(text), 1e-12)
-        matches[row] = cosine >= SAME_MEANING
-    return matches
+    for text in texts:
+        yield bank @ _counts(text, column) / np.maximum(bank_norm * _norm(text), 1e-12)
 
 
 def _words(text: str) -> list[str]:

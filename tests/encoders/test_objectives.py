@@ -7,13 +7,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.objectives import anchored_loss, infonce_loss, same_meaning
+from encoders.objectives import (
+    SAME_MEANING,
+    anchored_loss,
+    anchored_sigmoid_loss,
+    infonce_loss,
+    same_meaning,
+    soft_positives,
+    text_similarity,
+)
 
 Rows = Callable[[Tensor, Tensor], Tensor]
+Doubles = NDArray[np.float64]
 BATCH, WIDTH, BANK = 5, 16, 7
+BIAS = -2.5
 TEXTS = st.lists(st.text("abc, .", max_size=12), min_size=1, max_size=5)
 
 
@@ -33,6 +44,47 @@ def anchored(
         masked=nothing if masked is None else masked,
         inverse_temperature=scale,
     )
+
+
+def softmax_form(images: Tensor, texts: Tensor, *, seed: int = 0, scale: float = 10.0) -> Tensor:
+    return anchored_loss(images, texts, **bank_of(images, seed), inverse_temperature=scale)
+
+
+def sigmoid_form(images: Tensor, texts: Tensor, *, seed: int = 0, scale: float = 10.0) -> Tensor:
+    return anchored_sigmoid_loss(
+        images, texts, **bank_of(images, seed), inverse_temperature=scale, logit_bias=BIAS
+    )
+
+
+def bank_of(images: Tensor, seed: int) -> dict[str, Tensor]:
+    """A bank, and masks and positives that are functions of each row's image alone."""
+    directions = units(2 * BANK, seed + 90).to(images.dtype)
+    marks = images.detach() @ directions.T
+    return {
+        "text_anchors": units(BANK, seed + 50).to(images.dtype),
+        "image_anchors": units(BANK, seed + 51).to(images.dtype),
+        "masked": marks[:, :BANK] > 0.2,
+        "positives": (2 * marks[:, BANK:]).clamp(0, 1),
+    }
+
+
+def log_sigmoid(logit: float) -> float:
+    return -float(np.log1p(np.exp(-logit)))
+
+
+def written_softmax(own: float, anchors: Doubles, masked: NDArray[np.bool_], positives: Doubles) -> float:
+    logits = [own, *(z for z, out in zip(anchors, masked, strict=True) if not out)]
+    targets = [1.0, *(p for p, out in zip(positives, masked, strict=True) if not out)]
+    shares = np.array(targets) / sum(targets)
+    return -float(np.sum(shares * np.log(np.exp(logits) / np.sum(np.exp(logits))))) / 2
+
+
+def written_sigmoid(own: float, anchors: Doubles, masked: NDArray[np.bool_], positives: Doubles) -> float:
+    total = -log_sigmoid(own + BIAS)  # half of it for each side
+    for logit, out, positive in zip(anchors + BIAS, masked, positives, strict=True):
+        if not out:
+            total -= positive * log_sigmoid(logit) + (1 - positive) * log_sigmoid(-logit)
+    return total / 2
 
 
 def infonce_rows(images: Tensor, texts: Tensor) -> Tensor:
@@ -90,6 +142,130 @@ def test_a_pair_is_untouched_by_the_other_pairs(seed: int, scale: float) -> None
     assert value_coupling(loss, seed) == 0
     # Matrix products of another height may round differently.
     assert leaving_coupling(loss, seed) <= 1e-6 * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1.0, 14.3, 100.0]),
+    form=st.sampled_from([softmax_form, sigmoid_form]),
+)
+def test_masks_and_soft_positives_leave_it_untouched_too(
+    seed: int, scale: float, form: Callable[..., Tensor]
+) -> None:
+    def loss(images: Tensor, texts: Tensor) -> Tensor:
+        return form(images, texts, seed=seed, scale=scale)
+
+    assert gradient_coupling(loss, seed) == 0
+    assert value_coupling(loss, seed) == 0
+    assert leaving_coupling(loss, seed) <= 2e-6 * scale
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1.0, 14.3]))
+@pytest.mark.parametrize(
+    ("form", "written"), [(softmax_form, written_softmax), (sigmoid_form, written_sigmoid)]
+)
+def test_masks_and_soft_positives_enter_as_the_formula_says(
+    form: Callable[..., Tensor], written: Callable[..., float], seed: int, scale: float
+) -> None:
+    images, texts = units(BATCH, seed).double(), units(BATCH, seed + 1).double()
+    bank = {name: value.numpy() for name, value in bank_of(images, seed).items()}
+    losses = form(images, texts, seed=seed, scale=scale)
+    assert losses.dtype == torch.float64
+    for row, (image, text) in enumerate(zip(images.numpy(), texts.numpy(), strict=True)):
+        own = scale * image @ text
+        expected = sum(
+            written(own, scale * anchors @ side, bank["masked"][row], bank["positives"][row])
+            for anchors, side in ((bank["text_anchors"], image), (bank["image_anchors"], text))
+        )
+        assert float(losses[row]) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("form", [anchored_loss, anchored_sigmoid_loss])
+def test_patients_differentiated_alone_or_together_agree(form: Callable[..., Tensor]) -> None:
+    images, texts = (units(BATCH, side).double() for side in (0, 1))
+    bank = bank_of(images, 0)
+    anchors = {side: bank[side] for side in ("text_anchors", "image_anchors")}
+    extra = {"logit_bias": BIAS} if form is anchored_sigmoid_loss else {}
+
+    def total(images: Tensor, texts: Tensor, masked: Tensor, positives: Tensor) -> Tensor:
+        return form(
+            images, texts, **anchors, masked=masked, positives=positives, inverse_temperature=10.0, **extra
+        ).sum()
+
+    def alone(*row: Tensor) -> Tensor:
+        return total(*(value[None] for value in row))
+
+    rows = (images, texts, bank["masked"], bank["positives"])
+    for ours, expected in zip(
+        torch.func.vmap(torch.func.grad(alone, argnums=(0, 1)))(*rows),
+        torch.func.grad(total, argnums=(0, 1))(*rows),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("form", [anchored_loss, anchored_sigmoid_loss])
+def test_a_positive_anchor_attracts_and_a_negative_repels(form: Callable[..., Tensor]) -> None:
+    images = units(1, 0).requires_grad_()
+    bank = {"text_anchors": units(1, 5), "image_anchors": units(1, 6)}
+    extra = {"logit_bias": 0.0} if form is anchored_sigmoid_loss else {}
+    pulls = []
+    for positive in (0.0, 1.0):
+        nothing = torch.zeros(1, 1, dtype=torch.bool)
+        losses = form(
+            images,
+            units(1, 1),
+            **bank,
+            masked=nothing,
+            inverse_temperature=1.0,
+            positives=torch.full((1, 1), positive),
+            **extra,
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), images)
+        pulls.append(-float((gradient * bank["text_anchors"]).sum()))
+    assert pulls[0] < pulls[1]
+
+
+@pytest.mark.parametrize("form", [anchored_loss, anchored_sigmoid_loss])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_no_positives_are_positives_of_zero_and_no_rows_are_no_losses(
+    form: Callable[..., Tensor], rows: int
+) -> None:
+    extra = {"logit_bias": BIAS} if form is anchored_sigmoid_loss else {}
+    bank = {
+        "text_anchors": units(BANK, 5),
+        "image_anchors": units(BANK, 6),
+        "masked": torch.zeros(rows, BANK, dtype=torch.bool),
+        "inverse_temperature": 7.0,
+        **extra,
+    }
+    without = form(units(rows, 0), units(rows, 1), **bank)
+    assert without.shape == (rows,)
+    assert torch.equal(
+        without, form(units(rows, 0), units(rows, 1), **bank, positives=torch.zeros(rows, BANK))
+    )
+
+
+def test_in_the_sigmoid_form_masked_anchors_have_no_influence() -> None:
+    kept = torch.tensor([True, False, True, True, False, False, True])
+    masked = (~kept).expand(3, BANK)
+    positives = torch.rand(3, BANK, generator=torch.Generator().manual_seed(0))
+
+    def loss(columns: Tensor) -> Tensor:
+        return anchored_sigmoid_loss(
+            units(3, 0),
+            units(3, 1),
+            text_anchors=units(BANK, 5)[columns],
+            image_anchors=units(BANK, 6)[columns],
+            masked=masked[:, columns],
+            positives=positives[:, columns],
+            inverse_temperature=9.0,
+            logit_bias=BIAS,
+        )
+
+    torch.testing.assert_close(loss(torch.ones(BANK, dtype=torch.bool)), loss(kept))
 
 
 @pytest.mark.parametrize("loss", [infonce_rows, siglip_rows])
@@ -154,17 +330,20 @@ def test_a_closer_pair_and_farther_anchors_lower_the_loss() -> None:
     assert anchored(images, images) < anchored(images, texts)
 
 
+@pytest.mark.parametrize("form", [anchored_loss, anchored_sigmoid_loss])
 @pytest.mark.parametrize("side", ["text_anchors", "image_anchors"])
-def test_a_bank_with_gradient_is_refused(side: str) -> None:
+def test_a_bank_with_gradient_is_refused(side: str, form: Callable[..., Tensor]) -> None:
     banks = {"text_anchors": units(BANK, 0), "image_anchors": units(BANK, 1)}
     banks[side].requires_grad_()
+    extra = {"logit_bias": BIAS} if form is anchored_sigmoid_loss else {}
     with pytest.raises(ValueError, match="anchors must be built under no_grad"):
-        anchored_loss(
+        form(
             units(2, 2),
             units(2, 3),
             **banks,
             masked=torch.zeros(2, BANK, dtype=torch.bool),
             inverse_temperature=1.0,
+            **extra,
         )
 
 
@@ -208,6 +387,86 @@ def test_infonce_is_the_published_loss_without_duplicates(seed: int, keys: list[
 def test_pairs_of_one_text_only_have_nothing_to_learn() -> None:
     same = torch.ones(4, 4, dtype=torch.bool)
     assert float(infonce_loss(units(4, 0), units(4, 1), same_text=same, inverse_temperature=5.0)) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 5), scale=st.sampled_from([1.0, 14.3]))
+def test_infonce_with_soft_targets_is_cross_entropy_to_shares_of_them(
+    seed: int, rows: int, scale: float
+) -> None:
+    images, texts = units(rows, seed).double(), units(rows, seed + 1).double()
+    rng = np.random.default_rng(seed)
+    targets = rng.random((rows, rows)) * (rng.random((rows, rows)) < 0.6) + np.eye(rows)
+    same = (rng.random((rows, rows)) < 0.3) | np.eye(rows, dtype=bool)
+    logits, total = scale * images.numpy() @ texts.numpy().T, 0.0
+    for z, t, s in ((logits, targets, same), (logits.T, targets.T, same.T)):
+        for row in range(rows):
+            rivals = [other for other in range(rows) if t[row, other] > 0 or not s[row, other]]
+            shares = t[row] / t[row].sum()
+            total -= sum(
+                shares[other] * np.log(np.exp(z[row, other]) / np.exp(z[row, rivals]).sum())
+                for other in rivals
+            )
+    ours = infonce_loss(
+        images,
+        texts,
+        same_text=torch.from_numpy(same),
+        inverse_temperature=scale,
+        soft_targets=torch.from_numpy(targets),
+    )
+    assert float(ours) == pytest.approx(total / 2 / rows, rel=1e-10, abs=1e-10)
+
+
+def test_soft_targets_turn_equal_texts_from_left_out_into_positives() -> None:
+    images, texts = units(2, 0), units(1, 1).expand(2, WIDTH)
+    same = torch.ones(2, 2, dtype=torch.bool)
+
+    def loss(**changes: Tensor) -> Tensor:
+        return infonce_loss(images, texts, same_text=same, inverse_temperature=5.0, **changes)
+
+    assert float(loss()) == 0
+    assert float(loss(soft_targets=torch.ones(2, 2))) >= np.log(2) - 1e-6  # two equal partners: their entropy
+    assert float(loss(soft_targets=torch.eye(2))) == float(loss())
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=TEXTS, others=TEXTS, anchors=TEXTS)
+def test_how_alike_a_text_is_depends_on_that_text_alone(
+    texts: list[str], others: list[str], anchors: list[str]
+) -> None:
+    rows = text_similarity(texts, anchors)
+    assert rows.shape == (len(texts), len(anchors))
+    assert rows.dtype == np.float32
+    assert ((rows >= 0) & (rows <= 1)).all()
+    assert np.array_equal(text_similarity(others + texts, anchors)[len(others) :], rows)
+    assert np.array_equal(rows >= SAME_MEANING, same_meaning(texts, anchors))
+    np.testing.assert_allclose(text_similarity(anchors, texts), rows.T, atol=1e-6)
+
+
+def test_similarity_is_the_cosine_of_word_counts() -> None:
+    found = text_similarity(
+        ["no effusion, no pneumothorax", "", "clear"], ["No effusion", "", "clear CLEAR lungs", "clear"]
+    )
+    expected = [[3 / np.sqrt(12), 0, 0, 0], [0, 0, 0, 0], [0, 0, 2 / np.sqrt(5), 1]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("texts", "anchors"), [([], ["a"]), (["a"], []), ([], [])])
+def test_without_texts_or_anchors_there_is_nothing_to_compare(texts: list[str], anchors: list[str]) -> None:
+    assert text_similarity(texts, anchors).shape == (len(texts), len(anchors))
+    assert same_meaning(texts, anchors).shape == (len(texts), len(anchors))
+
+
+def test_positives_grow_from_the_least_similarity_to_the_same_meaning() -> None:
+    similarity = np.array([[0.0, 0.5, 0.7, 0.9, 1.0]], dtype=np.float32)
+    np.testing.assert_allclose(soft_positives(similarity, least=0.5), [[0, 0, 0.5, 1, 1]], atol=1e-6)
+    assert soft_positives(similarity[:0], least=0.0).shape == (0, 5)
+
+
+@pytest.mark.parametrize("least", [-0.1, 0.9, float("nan")])
+def test_a_least_similarity_out_of_range_is_refused(least: float) -> None:
+    with pytest.raises(ValueError, match=r"expected least=.* in \[0, 0.9\)"):
+        soft_positives(np.zeros((1, 1), dtype=np.float32), least=least)
 
 
 @settings(max_examples=60, deadline=None)
