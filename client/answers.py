@@ -9,9 +9,10 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from client.cohort import CohortError
+from client.cohort import Cohort, CohortError
 from client.errors import Refused
-from client.policy import check_plan, mechanism_for
+from client.journal import write_note
+from client.policy import check_code, check_plan, check_run, mechanism_for
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
 from client.training import plain_steps, train_plainly, train_privately
@@ -41,6 +42,7 @@ COARSE_SECONDS = 10
 
 def answer_hello(site: Site, hello: Hello) -> SiteFacts:
     """The site's name and declared size, and whether it holds the run's public bundle."""
+    check_run(site, hello.run)
     return SiteFacts(
         site=site.name,
         patients_declared=site.settings.cohort.patients_declared,
@@ -50,6 +52,7 @@ def answer_hello(site: Site, hello: Hello) -> SiteFacts:
 
 def answer_install(site: Site, bundle: PublicBundle) -> Installed:
     """Keep the public bundle."""
+    check_code(site)
     return Installed(site=site.name, bundle=_bundles(site).store(bundle))
 
 
@@ -151,10 +154,7 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
         cohort = packed_cohort(site.folder)
     except CohortError as error:
         raise Refused(RefusalCode.COHORT, str(error)) from error
-    patients = len(np.unique(cohort.patients[cohort.train()]))
-    if patients < site.settings.policy.min_patients:
-        reason = f"{patients} training patients, policy.min-patients is {site.settings.policy.min_patients}"
-        raise Refused(RefusalCode.COHORT, reason)
+    _mind_small_cohort(site, cohort, private=request.plan.privacy == "dp")
     plan, device = request.plan, device_name(site.settings.device.name)
     try:
         part = part_of(_installed(site, request), plan.part, plan.lora_rank, device)
@@ -162,6 +162,24 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
     except (EncoderError, BundleMissing) as error:
         raise Refused(RefusalCode.MODEL, str(error)) from error
     return part
+
+
+def _mind_small_cohort(site: Site, cohort: Cohort, *, private: bool) -> None:
+    """Tell the hospital, and under privacy nobody else, that fewer patients are trained on than it wanted.
+
+    A refusal would be an exact answer about the true number, which noise is there to hide: one patient more
+    or less would turn it. The promise to each patient holds for any number of them, so training goes on.
+
+    Raises:
+        Refused: COHORT; only without privacy, where nothing is promised that this could break.
+    """
+    raw_patients, least = len(np.unique(cohort.patients[cohort.train()])), site.settings.policy.min_patients
+    if raw_patients >= least:
+        return
+    reason = f"{raw_patients} training patients, policy.min-patients is {least}"
+    if not private:
+        raise Refused(RefusalCode.COHORT, reason, rule="min-patients")
+    write_note(site.folder, f"{reason}: add patients, or stop this site; a refusal would tell the number")
 
 
 def _charge(request: TrainRequest, mechanism: Mechanism, noise: GaussianNoise) -> ReservationRequest:

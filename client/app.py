@@ -5,10 +5,7 @@ becomes a code of the closed list and the number under which the site's own log 
 """
 
 import logging
-import os
-import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -18,6 +15,8 @@ from flwr.clientapp import ClientApp
 
 from client.answers import answer_hello, answer_install, answer_train
 from client.errors import Refused
+from client.journal import LOG_FILE, write_refusal
+from client.policy import check_release
 from client.site import SITE_FILE, Site
 from strategies.messages import (
     Hello,
@@ -36,7 +35,6 @@ from strategies.messages import (
 from strategies.settings import SettingsError
 
 logger = logging.getLogger(f"clipward.{__name__}")
-LOG_FILE = "site.log"
 UNKNOWN = "unknown"  # a site whose settings cannot be read
 T = TypeVar("T", Hello, PublicBundle, TrainRequest)
 
@@ -98,7 +96,8 @@ def _answered(
         folder = site_folder(context)
         site = Site.open(folder)
         name = site.name
-        content = encode(answer(site, require(decode(message.content), expected)))
+        said = answer(site, require(decode(message.content), expected))
+        content = encode(check_release(site, said) if isinstance(said, Release) else said)
     except Exception as error:
         content = encode(_refusal(folder, name, error))
     return Message(content, reply_to=message)
@@ -120,17 +119,5 @@ def _refusal(folder: Path | None, name: str, cause: Exception) -> Refusal:
             "incident %s: this node is no site: %s", incident, cause
         )  # and opened no patient's file
     else:
-        _log_locally(folder / LOG_FILE, incident, code, cause)
+        write_refusal(folder, incident, code, cause)
     return Refusal(site=name, code=code, incident=incident)
-
-
-def _log_locally(path: Path, incident: str, code: RefusalCode, cause: Exception) -> None:
-    """Append the whole cause to the site's own log, which only its owner may read: it may quote anything."""
-    moment = datetime.now(UTC).isoformat(timespec="seconds")
-    trace = "".join(traceback.format_exception(cause))
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(handle, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{moment} incident {incident} code {code}\n{trace}\n")
-    except OSError as error:  # its text names the folder, and must not be what leaves instead of the code
-        logger.warning("incident %s could not be written to %s: %s", incident, path.name, error.strerror)

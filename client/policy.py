@@ -1,45 +1,164 @@
-"""The hospital's rules, applied before anything else is done with a request."""
+"""The hospital's rules, applied before anything else is done with a request.
 
+What is refused here was decided by the request, by public constants of the site's file and by the clock: no
+patient's file was opened, nothing was written into the ledger, and the refusal tells nothing of a patient.
+"""
+
+import math
 import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 from client.errors import Refused
-from client.site import Site
+from client.limits import METRICS
+from client.own_code import code_digest
+from client.site import SITE_FILE, Site
 from privacy.accounting import noise_multiplier_for
 from privacy.errors import NoiseOutOfRange
 from privacy.mechanism import AnchoredDpSgd, Mechanism
-from strategies.messages import RefusalCode, TrainingPlan, TrainRequest
+from strategies.messages import (
+    RefusalCode,
+    Release,
+    TrainingPlan,
+    TrainRequest,
+    bytes_of,
+)
+
+CLAIMABLE = {"anchored"}  # objectives whose sensitivity a mechanism knows
+Rules = dict[str, tuple[bool, str]]
 
 
-def check_plan(site: Site, request: TrainRequest) -> None:
+def check_code(site: Site) -> None:
+    """Refuse to answer with code that the hospital did not review.
+
+    Raises:
+        Refused: POLICY; the text holds the digest to review and allow.
+    """
+    allowed = site.settings.policy.code
+    digest = code_digest() if allowed else ""
+    unknown = bool(allowed) and digest not in allowed
+    _apply({"code": (unknown, f"this code has digest {digest}, which is not among policy.code: review it")})
+
+
+def check_run(site: Site, run: str) -> None:
+    """Refuse a run, or code, that the hospital did not allow.
+
+    Raises:
+        Refused: POLICY, with the rule that says so.
+    """
+    check_code(site)
+    patterns = site.settings.policy.runs
+    named = any(fnmatchcase(run, pattern) for pattern in patterns)
+    _apply({"runs": (not named, f"run {run!r} is none of {', '.join(map(repr, patterns)) or 'no runs'}")})
+
+
+def check_plan(site: Site, request: TrainRequest, *, clock: Callable[[], float] = time.time) -> None:
     """Refuse what the site does not do, from the request alone.
 
     Raises:
-        Refused: POLICY or DEADLINE, with the rule that says so.
+        Refused: POLICY, BUDGET or DEADLINE, with the rule that says so.
     """
+    check_run(site, request.run)
+    now = clock()
+    _apply(_limits(site, request, now=now))
+    for reason, unsound in _demands(request).items():
+        if unsound:
+            raise Refused(RefusalCode.POLICY, reason)
+    _apply(_budget(site, request.plan), code=RefusalCode.BUDGET)
+    if request.deadline_unix_seconds is not None and now > request.deadline_unix_seconds:
+        raise Refused(RefusalCode.DEADLINE, "the deadline has passed: the reply would not be used")
+
+
+def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
+    """By key of the policy: whether the request breaks it, and how."""
     plan, policy = request.plan, site.settings.policy
-    rules = {
-        f"part {plan.part!r} is not among policy.parts": plan.part not in policy.parts,
-        "policy.require-dp is set and the plan has no privacy": policy.require_dp and plan.privacy == "none",
+    declared = site.settings.cohort.patients_declared
+    steps = plan.steps if plan.epochs is None else math.ceil(plan.epochs * declared / plan.batch)
+    out = bytes_of(request.arrays)  # a release holds arrays of the same names, shapes and dtypes
+    return {
+        "parts": (plan.part not in policy.parts, f"part {plan.part!r} is not among policy.parts"),
+        "objectives": (
+            plan.objective not in policy.objectives,
+            f"objective {plan.objective!r} is not among policy.objectives",
+        ),
+        "require-dp": (
+            policy.require_dp and plan.privacy == "none",
+            "policy.require-dp is set and the plan has no privacy",
+        ),
+        "min-patients": (
+            declared < policy.min_patients,
+            f"{declared} patients are declared, policy.min-patients is {policy.min_patients}",
+        ),
+        "max-rounds": (
+            plan.rounds > policy.max_rounds,
+            f"the run has {plan.rounds} rounds, policy.max-rounds is {policy.max_rounds}",
+        ),
+        "max-steps": (
+            steps > policy.max_steps,
+            f"a round has {steps} steps, policy.max-steps is {policy.max_steps}",
+        ),
+        "max-release-bytes": (
+            out > policy.max_release_bytes,
+            f"a release would hold {out} bytes, policy.max-release-bytes is {policy.max_release_bytes}",
+        ),
+        "quiet-hours": (
+            policy.quiet_at(now),
+            f"no round begins during policy.quiet-hours {policy.quiet_hours} ({policy.timezone})",
+        ),
+    }
+
+
+def _demands(request: TrainRequest) -> dict[str, bool]:
+    """What no policy can allow: the claim would be wrong, or nobody built it."""
+    plan = request.plan
+    private = plan.privacy == "dp"
+    return {
         "in-batch negatives couple patients: no epsilon can be claimed; use the anchored objective": (
-            plan.privacy == "dp" and plan.objective != "anchored"
+            private and plan.objective not in CLAIMABLE
         ),
         "without privacy only the infonce objective is trained": (
-            plan.privacy == "none" and plan.objective != "infonce"
+            not private and plan.objective != "infonce"
         ),
         "with privacy every site takes the same public number of steps: epochs would tell its size": (
-            plan.privacy == "dp" and plan.epochs is not None
+            private and plan.epochs is not None
         ),
         "with privacy a round depends on nothing but its request: no optimizer is kept": (
-            plan.privacy == "dp" and plan.keep_optimizer
+            private and plan.keep_optimizer
         ),
-        "a plan with privacy names an epsilon": plan.privacy == "dp" and plan.epsilon is None,
+        "a plan with privacy names an epsilon": private and plan.epsilon is None,
         "round is past the plan's last": request.server_round > plan.rounds,
     }
-    for reason, broken in rules.items():
+
+
+def _budget(site: Site, plan: TrainingPlan) -> Rules:
+    """A run that could not be ended within the budget is not begun."""
+    most = site.settings.policy.epsilon_max
+    above = plan.epsilon is not None and plan.epsilon > most
+    return {"epsilon-max": (above, f"the run's epsilon {plan.epsilon} is above policy.epsilon-max {most}")}
+
+
+def _apply(rules: Rules, *, code: RefusalCode = RefusalCode.POLICY) -> None:
+    for key, (broken, reason) in rules.items():
         if broken:
-            raise Refused(RefusalCode.POLICY, reason)
-    if request.deadline_unix_seconds is not None and time.time() > request.deadline_unix_seconds:
-        raise Refused(RefusalCode.DEADLINE, "the deadline has passed: the reply would not be used")
+            raise Refused(code, f"{reason}; to allow it, change policy.{key} in {SITE_FILE}", rule=key)
+
+
+def check_release(site: Site, release: Release) -> Release:
+    """The release as it may leave: only facts of ``policy.metrics``, no more bytes than were foreseen.
+
+    This runs on everything that leaves, replays included, so a policy that became stricter holds for what
+    was stored before.
+
+    Raises:
+        Refused: POLICY; more bytes than `check_plan` counted, so the code that trained is at fault. What
+            the round cost stays spent.
+    """
+    policy = site.settings.policy
+    out = bytes_of(release.update)
+    reason = f"the release holds {out} bytes, policy.max-release-bytes is {policy.max_release_bytes}"
+    _apply({"max-release-bytes": (out > policy.max_release_bytes, reason)})
+    withheld = {metric.replace("-", "_"): None for metric in METRICS if metric not in policy.metrics}
+    return Release(facts=release.facts.model_copy(update=withheld), update=release.update)
 
 
 def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
@@ -52,9 +171,8 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     """
     policy = site.settings.policy
     sample_rate = plan.batch / site.settings.cohort.patients_declared
-    if sample_rate > policy.max_sample_rate:
-        reason = f"sample rate {sample_rate:.3g} is above policy.max-sample-rate {policy.max_sample_rate}"
-        raise Refused(RefusalCode.POLICY, reason)
+    reason = f"sample rate {sample_rate:.3g} is above policy.max-sample-rate {policy.max_sample_rate}"
+    _apply({"max-sample-rate": (sample_rate > policy.max_sample_rate, reason)})
     if plan.epsilon is None:
         raise Refused(RefusalCode.POLICY, "a plan with privacy names an epsilon")
     try:
@@ -63,10 +181,9 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
         )
     except NoiseOutOfRange as error:
         raise Refused(RefusalCode.POLICY, str(error)) from error
-    if noise_multiplier < policy.min_noise_multiplier:
-        least = policy.min_noise_multiplier
-        reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
-        raise Refused(RefusalCode.POLICY, reason)
+    least = policy.min_noise_multiplier
+    reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
+    _apply({"min-noise-multiplier": (noise_multiplier < least, reason)})
     return AnchoredDpSgd(
         max_grad_norm=plan.max_grad_norm,
         noise_multiplier=noise_multiplier,

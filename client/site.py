@@ -9,9 +9,9 @@ from typing import Literal, Self
 from pydantic import Field
 
 from client.cohort import Cohort, CohortSettings, build_cohort
+from client.limits import Policy
 from privacy.accounting import default_delta
 from privacy.ledger import Ledger
-from strategies.messages import Part
 from strategies.settings import PairSource, Settings, SettingsError
 
 SITE_FILE = "site.toml"
@@ -29,28 +29,6 @@ class CohortTable(PairSource):
     patients_declared: int = Field(ge=1)
     image_size: int = Field(default=224, ge=16, le=1024)
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
-
-
-class Policy(Settings):
-    """What the hospital allows, whatever a coordinator asks.
-
-    Attributes:
-        require_dp: Refuse a run without differential privacy.
-        epsilon_max: Budget of the cohort for its lifetime, per patient, add/remove one patient.
-        delta: Failure probability; by default 1 / (10 patients_declared), rounded down to a power of ten.
-        min_patients: Refuse to train on fewer patients than this.
-        min_noise_multiplier: Refuse a plan that would add less noise.
-        max_sample_rate: Refuse a plan that would draw a larger share of the patients in a step.
-        parts: What may be trained and leave.
-    """
-
-    require_dp: bool = True
-    epsilon_max: float = Field(default=8.0, gt=0)
-    delta: float | None = Field(default=None, gt=0, lt=1)
-    min_patients: int = Field(default=20, ge=2)
-    min_noise_multiplier: float = Field(default=0.3, gt=0)
-    max_sample_rate: float = Field(default=0.5, gt=0, le=1)
-    parts: tuple[Part, ...] = ("full", "lora", "heads")
 
 
 class Device(Settings):

@@ -228,7 +228,8 @@ def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet |
         least = site.settings.policy.min_patients
         if len(np.unique(cohort.patients[cohort.train()])) < least:
             logger.warning(
-                "site %s has fewer training patients than policy.min-patients = %d: it refuses every round",
+                "site %s has fewer training patients than policy.min-patients = %d: without privacy it "
+                "refuses every round; with it, it trains all the same, and only its own site.log says so",
                 site.name,
                 least,
             )

@@ -34,6 +34,7 @@ TRAIN = "train"
 
 Arrays = dict[str, NDArray[Any]]
 Part = Literal["full", "lora", "heads"]
+Objective = Literal["anchored", "microbatch", "infonce"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8")
 
@@ -88,7 +89,7 @@ class TrainingPlan(Facts):
     """
 
     part: Part
-    objective: Literal["anchored", "infonce"]
+    objective: Objective
     privacy: Literal["dp", "none"]
     epsilon: float | None = Field(default=None, gt=0)
     rounds: int = Field(ge=1)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -252,13 +253,27 @@ def test_when_the_budget_is_spent_nothing_is_computed(site: Site, monkeypatch: p
     assert answer_train(site, anchored(server_round=2)).facts.replayed
 
 
-def test_too_few_patients_are_not_trained_on_and_cost_nothing(hospitals: Path) -> None:
+def test_too_few_declared_patients_are_not_trained_on_and_cost_nothing(hospitals: Path) -> None:
     folder = change_site(hospitals / "hospitals" / "site-1", policy={"min-patients": 100})
     site = ready(folder)
     with pytest.raises(Refused, match=r"policy\.min-patients is 100") as refused:
         answer_train(site, anchored())
-    assert refused.value.code is RefusalCode.COHORT
+    assert refused.value.code is RefusalCode.POLICY
     assert story(site) == []
+
+
+def test_too_few_true_patients_are_told_to_the_hospital_and_to_nobody_else(hospitals: Path) -> None:
+    """Under privacy the true number decides nothing outside; without it there is nothing to protect."""
+    folder = hospitals / "hospitals" / "site-1"
+    changes = {"cohort": {"patients-declared": 100}, "policy": {"min-patients": 100, "require-dp": False}}
+    site = ready(change_site(folder, **changes))
+    assert answer_train(site, anchored()).facts.patients_declared == 100
+    assert story(site) == ["reserved", "released"]
+    note = (folder / "site.log").read_text()
+    assert re.search(r"note: \d+ training patients, policy\.min-patients is 100: add patients, or stop", note)
+    with pytest.raises(Refused, match=r"training patients, policy\.min-patients is 100") as refused:
+        answer_train(site, plain())
+    assert refused.value.code is RefusalCode.COHORT
 
 
 def test_a_cohort_that_cannot_be_read_costs_nothing(hospitals: Path) -> None:

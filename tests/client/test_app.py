@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from client import app
-from client.app import LOG_FILE, site_folder, site_folders
+from client.app import site_folder, site_folders
 from client.errors import Refused
+from client.journal import LOG_FILE
 from strategies.messages import (
     HELLO,
     TRAIN,

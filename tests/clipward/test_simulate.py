@@ -164,26 +164,33 @@ def test_the_comparison_has_sites_of_its_own_and_touches_no_given_one(hospitals:
     assert private.summary["compare"] == {"without_dp": result.summary["evaluation"]}
 
 
-def test_a_site_with_one_patient_refuses_every_round_and_the_others_go_on(
-    hospitals: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = hospitals / "hospitals" / "site-2"
-    header, *rows = read_csv(folder / "reports.csv")
-    patient = header.index("patient_id")
-    write_csv(folder / "reports.csv", [header, *(row for row in rows if row[patient] == rows[0][patient])])
-    with pytest.raises(QuorumError, match=r"round 1: 2 sites replied, 3 are needed .* site-2 cohort"):
+def test_a_site_that_declares_too_few_refuses_every_round_and_the_others_go_on(hospitals: Path) -> None:
+    change_site(hospitals / "hospitals" / "site-2", policy={"min-patients": PATIENTS + 1})
+    with pytest.raises(QuorumError, match=r"round 1: 2 sites replied, 3 are needed .* site-2 policy"):
         run(hospitals, strategy={"min-sites": 3})
     assert ledgers(hospitals)["site-1"] == ["reserved", "released"]
     result = simulate(federation(hospitals), runs=hospitals / "runs", resume=True)
     assert ledgers(hospitals)["site-1"] == ["reserved", "released"] * ROUNDS
-    assert "site site-2 has fewer training patients than policy.min-patients = 10" in caplog.text
     assert [(site["name"], site["rounds"], site["refusals"]) for site in result.summary["sites"]] == [
         ("site-1", ROUNDS, 0),
         ("site-2", 0, ROUNDS),
         ("site-3", ROUNDS, 0),
     ]
     codes = {e["code"] for e in read_events(result.run_dir / "metrics.jsonl") if e["kind"] == "site_refused"}
-    assert codes == {"cohort"}
+    assert codes == {"policy"}
+
+
+def test_a_site_with_one_true_patient_trains_as_any_other_and_only_its_operator_hears_of_it(
+    hospitals: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = hospitals / "hospitals" / "site-2"
+    header, *rows = read_csv(folder / "reports.csv")
+    patient = header.index("patient_id")
+    write_csv(folder / "reports.csv", [header, *(row for row in rows if row[patient] == rows[0][patient])])
+    result = run(hospitals, strategy={"min-sites": 3})
+    assert [site["rounds"] for site in result.summary["sites"]] == [ROUNDS] * 3
+    assert "site site-2 has fewer training patients than policy.min-patients = 10" in caplog.text
+    assert "policy.min-patients is 10: add patients" in (folder / "site.log").read_text()
 
 
 def test_without_held_out_patients_there_is_nothing_to_evaluate(hospitals: Path) -> None:
