@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from client.cohort import Cohort, CohortError
+from client.engines import engine_maker
 from client.errors import Refused
 from client.journal import write_note
 from client.policy import check_code, check_plan, check_run, mechanism_for
@@ -36,6 +37,7 @@ from strategies.messages import (
     digest_of,
 )
 
+RELEASES = "releases"
 # True batch sizes show in exact durations, so under privacy they leave rounded up.
 COARSE_SECONDS = 10
 
@@ -62,9 +64,12 @@ def answer_train(site: Site, request: TrainRequest) -> Release:
     Guarantees:
         Under privacy: nothing is computed from patients before the cost is on the ledger's disk; the
         release is stored before it is returned; the same request again gets the same bytes at no cost.
+        Nothing of this happens on a ledger that lacks what the coordinator or a stored release remembers of
+        it. The returned release carries the ledger's head of after it was recorded.
 
     Raises:
         Refused: with one of the closed list of codes.
+        LedgerError: the ledger cannot be used, or is not whole.
     """
     check_plan(site, request)
     torch.set_num_threads(site.settings.device.threads or os.cpu_count() or 1)
@@ -77,7 +82,8 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
     mechanism = mechanism_for(site, request.plan)
     noise = GaussianNoise(insecure_seed=_insecure_seed(site, request))
     charge = _charge(request, mechanism, noise)
-    releases, ledger = ReleaseStore(folder=site.folder / "releases"), site.ledger()
+    releases, ledger = ReleaseStore(folder=site.folder / RELEASES), site.ledger()
+    ledger.require(*([request.anchor] if request.anchor else []), *releases.anchors().values())
     stored = releases.find(request.digest)
     if stored is not None:
         return _replayed(ledger, charge, stored)
@@ -86,10 +92,10 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
     try:
         started = time.monotonic()
         anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
-        insecure = noise.insecure_seed
+        insecure, device = noise.insecure_seed, site.settings.device
         update = train_privately(
             part,
-            training_data(site.folder, part, texts),
+            training_data(site.folder, part, texts, request.plan.soft_positives),
             anchors,
             request.plan,
             mechanism=mechanism,
@@ -97,6 +103,9 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
             noise=noise,
             server_round=request.server_round,
             sampling=np.random.default_rng(_insecure_seed(site, request)) if insecure else os_generator(),
+            make_engine=engine_maker(
+                device.engine, physical_batch=device.physical_batch, precision=device.precision
+            ),
         )
         seconds = COARSE_SECONDS * math.ceil((time.monotonic() - started) / COARSE_SECONDS)
         facts = _facts(site, request, seconds=seconds, mechanism=mechanism, ledger=ledger, insecure=insecure)
@@ -108,7 +117,7 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
             return _train_with_claim(site, request)
         raise
     ledger.released(reservation, output_digest=digest_of(release.update))
-    return release
+    return _as_sent(release, ledger)
 
 
 def _replayed(ledger: Ledger, charge: ReservationRequest, stored: Release) -> Release:
@@ -126,7 +135,13 @@ def _replayed(ledger: Ledger, charge: ReservationRequest, stored: Release) -> Re
     except AlreadyReleased as released:
         if released.output_digest != digest:
             raise
-    return Release(facts=stored.facts.model_copy(update={"replayed": True}), update=stored.update)
+    return _as_sent(stored, ledger, replayed=True)
+
+
+def _as_sent(stored: Release, ledger: Ledger, *, replayed: bool = False) -> Release:
+    """The stored release with the ledger's newest head: the stored one is older than its own recording."""
+    facts = stored.facts.model_copy(update={"anchor": ledger.anchor, "replayed": replayed})
+    return Release(facts=facts, update=stored.update)
 
 
 def _train_without_claim(site: Site, request: TrainRequest) -> Release:
@@ -187,7 +202,7 @@ def _charge(request: TrainRequest, mechanism: Mechanism, noise: GaussianNoise) -
         request_digest=request.digest,
         run=request.run,
         server_round=request.server_round,
-        kind="dp-sgd",
+        kind=mechanism.kind,
         unit=mechanism.unit,
         adjacency=mechanism.adjacency,
         sampler=mechanism.sampler,
@@ -231,7 +246,7 @@ def _facts(
         noise_multiplier=mechanism.noise_multiplier if mechanism else None,
         sample_rate=mechanism.sample_rate if mechanism else None,
         max_grad_norm=mechanism.max_grad_norm if mechanism else None,
-        ledger_head=ledger.head if ledger else None,
+        anchor=ledger.anchor if ledger else None,
         insecure_seed=insecure,
         replayed=False,
     )

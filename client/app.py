@@ -18,6 +18,7 @@ from client.errors import Refused
 from client.journal import LOG_FILE, write_refusal
 from client.policy import check_release
 from client.site import SITE_FILE, Site
+from privacy.errors import LedgerError
 from strategies.messages import (
     Hello,
     Installed,
@@ -110,6 +111,8 @@ def _refusal(folder: Path | None, name: str, cause: Exception) -> Refusal:
             pass
         case MessageError():
             code = RefusalCode.MESSAGE
+        case LedgerError():
+            code = RefusalCode.LEDGER
         case _:
             code = RefusalCode.FAILED
     incident = uuid4().hex[:8]

@@ -6,15 +6,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from client.cohort import Cohort, CohortSettings, build_cohort
 from client.limits import Policy
 from privacy.accounting import default_delta
 from privacy.ledger import Ledger
+from privacy.signing import SiteKey
 from strategies.settings import PairSource, Settings, SettingsError
 
 SITE_FILE = "site.toml"
+LEDGER_FILE = "ledger.sqlite"
+EngineName = Literal["book-keeping", "hooks", "vmap"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class CohortTable(PairSource):
@@ -32,10 +36,27 @@ class CohortTable(PairSource):
 
 
 class Device(Settings):
-    """What trains: ``auto`` takes a GPU if there is one. ``threads`` 0 means every core."""
+    """What trains, and how.
+
+    Attributes:
+        name: ``auto`` takes a GPU if there is one.
+        threads: Cores used; 0 means every core.
+        engine: What clips under privacy; all give the same sums, ``book-keeping`` is the fast one.
+        physical_batch: Patients (or groups) differentiated at a time; bounds memory, not results.
+        precision: Of the model's products under privacy.
+    """
 
     name: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0)
+    engine: EngineName = "book-keeping"
+    physical_batch: int = Field(default=64, ge=1)
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _engine_knows_precision(self) -> Self:
+        if self.precision != "float32" and self.engine != "book-keeping":
+            raise ValueError(f"precision {self.precision!r} is for engine 'book-keeping': set one of the two")
+        return self
 
 
 class Testing(Settings):
@@ -104,10 +125,17 @@ class Site:
         return build_cohort(settings, self.folder / "cohort", on_progress=on_progress)
 
     def ledger(self) -> Ledger:
-        """The budget of this site's patients. It stays one ledger when images are added to the cohort."""
-        policy = self.settings.policy
-        path = self.folder / "ledger.sqlite"
-        return Ledger.open(path, cohort=self.name, epsilon_max=policy.epsilon_max, delta=self.delta)
+        """The budget of this site's patients. It stays one ledger when images are added to the cohort.
+
+        Its key is made with it, never for a ledger that is there: that would hide that the key was lost.
+
+        Raises:
+            LedgerError: the ledger or its key cannot be used; the text says why and what to do.
+        """
+        path = self.folder / LEDGER_FILE
+        key = SiteKey.open(self.folder) if path.exists() else SiteKey.open_or_make(self.folder)
+        epsilon_max = self.settings.policy.epsilon_max
+        return Ledger.open(path, cohort=self.name, epsilon_max=epsilon_max, delta=self.delta, key=key)
 
     def _path(self, path: Path | None) -> Path | None:
         return None if path is None else self.folder / path

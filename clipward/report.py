@@ -11,8 +11,9 @@ from markupsafe import Markup
 from rich.filesize import decimal
 
 from clipward.charts import DIRECTION_NAMES, draw_charts
-from clipward.summary import epsilon_text, write_text
+from clipward.summary import epsilon_text
 from server.metrics import PHASES, Event, effective, epsilon_spent, finished_rounds
+from strategies.files import write_text
 from strategies.messages import RefusalCode
 
 DASH = "\N{EN DASH}"
@@ -21,6 +22,7 @@ REFUSALS: Mapping[str, str] = {
     RefusalCode.POLICY: "The request broke a rule of the hospital's own policy.",
     RefusalCode.COHORT: "The site's data were missing or not usable.",
     RefusalCode.MODEL: "The model could not be built or clipped safely at the site.",
+    RefusalCode.LEDGER: "The site's budget ledger is not whole, or not the one that was seen before.",
     RefusalCode.MESSAGE: "The request could not be understood: probably different versions.",
     RefusalCode.DEADLINE: "The site could not have answered, or did not answer, in time.",
     RefusalCode.FAILED: "An error at the site; its log holds the cause under the incident number.",

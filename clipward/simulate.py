@@ -23,7 +23,7 @@ from client.site import SITE_FILE, Site
 from clipward.backends import run_in_process, run_on_ray
 from clipward.public_start import Progress, evaluation_set, prepare_start
 from clipward.report import write_report
-from clipward.summary import summarise, write_summary, write_text
+from clipward.summary import summarise, write_summary
 from encoders.parts import TrainablePart
 from server import checkpoints
 from server.app import coordinate
@@ -31,6 +31,7 @@ from server.evaluation import EvaluationSet, evaluator
 from server.federation import Federation, Privacy, Simulation
 from server.metrics import Event, read_events
 from server.start import STARTS, Prepared, part_of, start_of
+from strategies.files import write_text
 from strategies.settings import SettingsError
 
 Backend = Literal["in-process", "ray"]

@@ -1,8 +1,6 @@
 """What a run came to, in numbers: ``summary.json`` as a function of the run's events."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import ROUND_CEILING, Decimal
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from server.metrics import DIRECTIONS, RECALLS, Event, effective, epsilon_spent, finished_rounds
+from strategies.files import write_text
 
 VERSION = 1
 
@@ -62,21 +61,6 @@ def summarise(events: Sequence[Event], *, compare: Mapping[str, Any] | None = No
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary`` as JSON; a reader sees the old file or the new one, never half of it."""
     write_text(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's text atomically and durably."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide the file from the people it is written for
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def active_seconds(events: Sequence[Event]) -> float | None:

@@ -9,6 +9,10 @@ class NoiseOutOfRange(PrivacyError):
     """No noise multiplier in the supported range meets the target epsilon."""
 
 
+class ImpossiblePlan(PrivacyError):
+    """No run follows from the constants as given; the text names the one that is wrong and the remedy."""
+
+
 class NoiseCopied(RuntimeError):
     """A noise source was about to be used twice, which would repeat its noise."""
 
@@ -22,11 +26,19 @@ class LedgerError(RuntimeError):
 
 
 class WrongLedger(LedgerError):
-    """The file is not the ledger that was asked for: another cohort, a newer version, another format."""
+    """The file is not the ledger that was asked for: another cohort, version or format."""
 
 
 class LedgerTampered(LedgerError):
     """The rows are not the ones that were written; the text names the first that is wrong."""
+
+
+class HistoryLost(LedgerError):
+    """The ledger lacks a row that somebody else remembers: it was cut short, or restored from a back-up."""
+
+
+class KeyUnusable(LedgerError):
+    """The site's key is missing, unreadable, or open to others; the text says how to get on."""
 
 
 class BudgetExceeded(LedgerError):

@@ -13,32 +13,48 @@ whoever comes second is refused. So each reservation stands for at most one visi
 for ever, whatever becomes of it. Taking up an open reservation again is free because nothing of the first
 attempt was seen; after a failure was seen, the same request is charged anew.
 
-The chain shows any change to rows that does not also rewrite every later hash. A history cut short at the
-end, started afresh or rewritten as a whole is itself a valid chain: that shows only against a head
-(`Ledger.head`) kept elsewhere.
+Each row is hashed with the hash before it, and that hash is signed with the site's key, so nobody without
+the key can change a row, write one, or move one. A history cut short at its end is itself a signed chain:
+that shows only against an `Anchor` kept elsewhere, which is why every release carries one, the coordinator
+sends its last one back, and `Ledger.require` looks for it.
 """
 
 import hashlib
 import json
+import logging
 import math
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from privacy.accounting import PoissonGaussian, epsilon
-from privacy.errors import AlreadyReleased, BudgetExceeded, LedgerTampered, ReservationClosed, WrongLedger
+from privacy.errors import (
+    AlreadyReleased,
+    BudgetExceeded,
+    HistoryLost,
+    LedgerTampered,
+    ReservationClosed,
+    WrongLedger,
+)
+from privacy.signing import Anchor, SiteKey, is_signed
 
-_VERSION = 1
+logger = logging.getLogger(f"clipward.{__name__}")
+
+_VERSION, _UNSIGNED_VERSION = 2, 1
 _BEFORE_THE_FIRST = "0" * 64
+_Stored = tuple[int, str, str, str, str]  # seq, previous, body, hash, signature
 _LOCK_TIMEOUT_SECONDS = 60.0
 # The triggers stop slips of our own code; against others stands the chain.
 _SCHEMA = (
     """CREATE TABLE rows (
-        seq INTEGER PRIMARY KEY, previous TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL
+        seq INTEGER PRIMARY KEY, previous TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL,
+        signature TEXT NOT NULL
     ) STRICT""",
     "CREATE TRIGGER never_updated BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER never_deleted BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append-only'); END",
@@ -53,7 +69,7 @@ class ReservationRequest:
         request_digest: Identity of the request: run, round, kind, plan and input arrays.
         run: Name of the run.
         server_round: Round, from 1.
-        kind: What is computed, such as ``dp-sgd``.
+        kind: What is computed, such as ``anchored``: the mechanism's own name for itself.
         unit: Unit of privacy; only ``patient``.
         adjacency: Neighbouring relation; only ``add_remove``.
         sampler: ``poisson``, or ``none`` if everyone takes part (sample rate 1).
@@ -144,13 +160,24 @@ class Reservation:
 class Row:
     """One row as stored: ``hash = SHA-256(previous || body)``, the body being canonical JSON with ``seq``.
 
-    Canonical: keys sorted, no spaces, ASCII, no NaN. Row 0 follows 64 zeros and names the cohort.
+    Canonical: keys sorted, no spaces, ASCII, no NaN. Row 0 follows 64 zeros and names the cohort and the key.
+    The signature is Ed25519 over ``clipward ledger row <seq> <hash>``. The body's ``time`` is UTC to the
+    second and never earlier than the row before: where the site's clock was behind that, it is the time of
+    the row before and ``clock`` holds what the clock said. The order of charges is the chain's, whatever the
+    clock does, so a clock that a time server corrects stops nobody and is not hidden either. The random
+    ``salt`` keeps a head, which others see, from confirming guesses about times or other runs.
     """
 
     seq: int
     previous: str
     body: Mapping[str, Any]
     hash: str
+    signature: str
+
+    @property
+    def key(self) -> str | None:
+        """The public key that signs from this row on, if this row names one."""
+        return self.body.get("key") if self.body.get("event") in ("opened", "signed-over") else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +187,11 @@ class Ledger:
     Guarantees:
         When `reserve` returns, the charge is on disk and the composition of *all* charges of this cohort,
         released or not, is within ``epsilon_max`` at ``delta``, also with several processes at work. Every
-        read checks the whole chain first: nothing is computed from rows that were tampered with.
+        read checks the whole chain and the signature of its last row first: nothing is computed from rows
+        that were tampered with.
+
+    The last row's signature is enough to read by: it is over that row's hash, which no other rows lead to.
+    `problems` checks every signature, so as to name the row.
 
     Epsilon is computed from the recorded facts each time and stored nowhere. No file stays open between
     calls, so a ledger may be shared by threads and survives a fork.
@@ -170,6 +201,7 @@ class Ledger:
         cohort: Identity digest of the cohort.
         epsilon_max: The site's bound as of now; lowering it stops further charges, past ones stay.
         delta: The site's failure probability as of now.
+        key: What rows are signed with; its public half alone can read but not charge.
 
     Raises:
         ValueError: ``cohort`` is empty, or the budget is out of its range.
@@ -179,6 +211,7 @@ class Ledger:
     cohort: str
     epsilon_max: float
     delta: float
+    key: SiteKey
 
     def __post_init__(self) -> None:
         if not self.cohort:
@@ -189,20 +222,20 @@ class Ledger:
             raise ValueError(f"expected delta={self.delta} in (0, 1)")
 
     @classmethod
-    def open(cls, path: str | Path, *, cohort: str, epsilon_max: float, delta: float) -> Self:
+    def open(cls, path: str | Path, *, cohort: str, epsilon_max: float, delta: float, key: SiteKey) -> Self:
         """Open the ledger of a cohort, or start one in a file that only its owner may read.
 
         Raises:
             ValueError: ``cohort`` is empty, or the budget is out of its range.
-            WrongLedger: the file is another cohort's, of a newer version, or no ledger.
+            WrongLedger: the file is another cohort's, of another version, or no ledger.
             LedgerTampered: a row is not the one that was written.
         """
-        ledger = cls(path=Path(path), cohort=cohort, epsilon_max=epsilon_max, delta=delta)
+        ledger = cls(path=Path(path), cohort=cohort, epsilon_max=epsilon_max, delta=delta, key=key)
         os.close(os.open(ledger.path, os.O_RDWR | os.O_CREAT, 0o600))
         with ledger._transaction() as connection:
             if _is_empty(connection):
-                _create(connection, cohort)
-        ledger.verify()
+                ledger._create(connection)
+            ledger._book(connection)
         return ledger
 
     def reserve(self, request: ReservationRequest) -> Reservation:
@@ -232,7 +265,7 @@ class Ledger:
                 )
             if held:
                 return held
-            row = _append(connection, book.rows[-1], {"event": "reserved", "request": asdict(request)})
+            row = self._append(connection, book.rows[-1], {"event": "reserved", "request": asdict(request)})
             return Reservation(seq=row.seq, hash=row.hash, request=request)
 
     def released(self, reservation: Reservation, *, output_digest: str) -> None:
@@ -256,7 +289,7 @@ class Ledger:
                     return
                 raise
             outcome = {"event": "released", "reservation": reservation.seq, "output_digest": output_digest}
-            _append(connection, book.rows[-1], outcome)
+            self._append(connection, book.rows[-1], outcome)
 
     def abandoned(self, reservation: Reservation, *, code: str) -> None:
         """Record that the attempt failed, before the failure is reported outward. The charge stays.
@@ -276,7 +309,7 @@ class Ledger:
             book = self._book(connection)
             book.require_open(reservation)
             outcome = {"event": "abandoned", "reservation": reservation.seq, "code": code}
-            _append(connection, book.rows[-1], outcome)
+            self._append(connection, book.rows[-1], outcome)
 
     def events(self, run: str | None = None) -> list[PoissonGaussian]:
         """Mechanisms charged by ``run``, or by all runs: one per reservation, released or not."""
@@ -308,41 +341,148 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """Hash of the last row: kept elsewhere, it shows a history that was cut short or rewritten."""
+        """Hash of the last row, which stands for the whole history."""
         return self._read().rows[-1].hash
 
-    def verify(self) -> None:
-        """Check every row against the chain, and that the rows tell a possible story.
+    @property
+    def anchor(self) -> Anchor:
+        """How far the ledger has got, signed: to be kept by others."""
+        book = self._read()
+        last = book.rows[-1]
+        return Anchor(seq=last.seq, head=last.hash, signature=last.signature, key=book.keys[-1])
+
+    def require(self, *anchors: Anchor) -> None:
+        """Refuse to go on with a history that lacks a row which others remember.
 
         Raises:
-            LedgerTampered: naming the first row that was edited, deleted, moved or copied.
-            WrongLedger: the file is another cohort's, of a newer version, or no ledger.
+            HistoryLost: naming the first such row and the remedy.
+            LedgerTampered: a row is not the one that was written.
         """
-        self._read()
+        for problem in self.missing(*anchors):
+            raise HistoryLost(
+                f"{problem}: put the newest copy of {self.path.name} back; if there is none, what it lacked "
+                "cannot be known, so this cohort can release no more"
+            )
+
+    def missing(self, *anchors: Anchor) -> list[str]:
+        """What each anchor remembers that is not in this ledger."""
+        book = self._read()
+        problems = []
+        for anchor in anchors:
+            if anchor.key not in book.keys or not anchor.is_genuine:
+                problems.append(
+                    f"the anchor of row {anchor.seq} was not made with a key of this ledger: "
+                    f"it names key {anchor.key[:16]}"
+                )
+            elif anchor.seq >= len(book.rows):
+                problems.append(
+                    f"row {anchor.seq} was anchored and is gone, the last is row {len(book.rows) - 1}: "
+                    "the ledger was cut short, or restored from a back-up"
+                )
+            elif book.rows[anchor.seq].hash != anchor.head:
+                problems.append(f"row {anchor.seq} is another than was anchored: the history was rewritten")
+        return problems
+
+    def verify(self) -> None:
+        """Check every row and every signature, and that the rows tell a possible story.
+
+        Raises:
+            LedgerTampered: naming the first row that was edited, deleted, moved, copied, forged, dated back.
+            WrongLedger: the file is another cohort's, of another version, or no ledger.
+        """
+        for problem in self.problems():
+            raise LedgerTampered(problem)
+
+    def problems(self) -> list[str]:
+        """All that `verify` would find, one text a row, in the order of the rows.
+
+        Raises:
+            WrongLedger: the file is another cohort's, of another version, or no ledger.
+        """
+        with self._transaction() as connection:
+            self._require_version(connection)
+            try:
+                book = _Book.of(_stored(connection))
+            except LedgerTampered as error:
+                return [str(error)]
+        if 0 not in book.faults:
+            self._require_cohort(book)
+        faults = book.story() | book.forgeries(self.key.public) | book.faults  # the more telling one stays
+        return [faults[position] for position in sorted(faults)]
+
+    def sign_over(self) -> None:
+        """Vouch with this key for a history that another key signed (it was lost), or none (version 1).
+
+        Every charge stays. Whoever keeps anchors sees the new key, and has to ask the hospital about it. With
+        a ledger that this key has signed nothing is done.
+
+        Raises:
+            LedgerTampered: the history is not whole; it is left as it is.
+            WrongLedger: the file is another cohort's, of another version, or no ledger.
+        """
+        with self._transaction() as connection:
+            if _version(connection) == _UNSIGNED_VERSION:
+                connection.execute("ALTER TABLE rows ADD COLUMN signature TEXT NOT NULL DEFAULT ''")
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+            self._require_version(connection)
+            book = _Book.of(_stored(connection))
+            self._require_cohort(book)
+            _refuse(book.faults or book.forgeries(None) or book.story())
+            if not book.keys or book.keys[-1] != self.key.public:
+                self._append(connection, book.rows[-1], {"event": "signed-over", "key": self.key.public})
 
     def _read(self) -> "_Book":
         with self._transaction() as connection:
             return self._book(connection)
 
     def _book(self, connection: sqlite3.Connection) -> "_Book":
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        self._require_version(connection)
+        book = _Book.of(_stored(connection))
+        _refuse(book.faults)
+        self._require_cohort(book)
+        if not book.head_is_signed_by(self.key.public):
+            _refuse(book.forgeries(self.key.public))
+        _refuse(book.story())
+        return book
+
+    def _require_version(self, connection: sqlite3.Connection) -> None:
+        version = _version(connection)
+        if version == _UNSIGNED_VERSION:
+            raise WrongLedger(
+                f"{self.path.name} has version {version}, whose rows are not signed: 'clipward budget sign "
+                "SITE' signs it as it is, every charge stays"
+            )
         if version != _VERSION:
             raise WrongLedger(
                 f"{self.path.name} has version {version}, this code reads {_VERSION}: "
                 "install the version that wrote it, or name the right file"
             )
-        try:
-            stored = connection.execute("SELECT seq, previous, body, hash FROM rows ORDER BY seq").fetchall()
-        except sqlite3.DatabaseError as error:
-            raise LedgerTampered(f"the rows cannot be read: {error}") from error
-        book = _Book(rows=_verified(stored))
-        if (cohort := book.rows[0].body.get("cohort")) != self.cohort:
+
+    def _require_cohort(self, book: "_Book") -> None:
+        cohort = book.rows[0].body.get("cohort")
+        if cohort != self.cohort:
             raise WrongLedger(
                 f"{self.path.name} is the ledger of cohort {cohort}, not of {self.cohort}: "
                 "each cohort has its own budget and its own ledger"
             )
-        book.replay()
-        return book
+
+    def _create(self, connection: sqlite3.Connection) -> None:
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        self._append(connection, None, {"event": "opened", "cohort": self.cohort, "key": self.key.public})
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _append(self, connection: sqlite3.Connection, last: Row | None, facts: Mapping[str, Any]) -> Row:
+        seq, previous = (0, _BEFORE_THE_FIRST) if last is None else (last.seq + 1, last.hash)
+        body = {"seq": seq, "salt": secrets.token_hex(16), **_dated(last), **facts}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        digest = _hash(previous, text)
+        row = Row(seq=seq, previous=previous, body=body, hash=digest, signature=self.key.sign(seq, digest))
+        connection.execute(
+            "INSERT INTO rows (seq, previous, body, hash, signature) VALUES (?, ?, ?, ?, ?)",
+            (seq, previous, text, digest, row.signature),
+        )
+        return row
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -376,19 +516,82 @@ class Ledger:
 
 @dataclass(kw_only=True)
 class _Book:
-    """The rows read as a story: which reservations there are, and what became of each."""
+    """The rows read: how they hang together, who signed them, and the story they tell.
+
+    Faults are kept by the position of their row, at most one each, so that the first can be named.
+    """
 
     rows: list[Row]
+    faults: dict[int, str]
     reservations: dict[int, Reservation] = field(default_factory=dict)
     released: dict[int, str] = field(default_factory=dict)
     abandoned: set[int] = field(default_factory=set)
 
-    def replay(self) -> None:
-        for row in self.rows[1:]:
+    @classmethod
+    def of(cls, stored: list[_Stored]) -> Self:
+        """The rows as stored, each held against the one before.
+
+        Raises:
+            LedgerTampered: there is none.
+        """
+        rows: list[Row] = []
+        faults: dict[int, str] = {}
+        for position, (seq, previous, text, digest, signature) in enumerate(stored):
+            before = rows[-1] if rows else None
+            try:
+                body = dict(json.loads(text))
+                fault = _fault(seq, previous, digest == _hash(previous, text), body, before)
+            except (ValueError, TypeError, KeyError):
+                body, fault = {}, f"row {seq} was edited: it is no row of a ledger any more"
+            if fault:
+                faults[position] = fault
+            rows.append(Row(seq=seq, previous=previous, body=body, hash=digest, signature=signature))
+        if not rows:
+            raise LedgerTampered("row 0 is missing: the ledger is empty")
+        return cls(rows=rows, faults=faults)
+
+    @property
+    def keys(self) -> list[str]:
+        """The public keys the rows name, in their order; the last one is in force."""
+        return [key for row in self.rows if (key := row.key) is not None]
+
+    def head_is_signed_by(self, key: str) -> bool:
+        last = self.rows[-1]
+        return self.keys[-1:] == [key] and is_signed(last.seq, last.hash, last.signature, key=key)
+
+    def forgeries(self, own: str | None) -> dict[int, str]:
+        """Rows that the key in force did not sign; rows of version 1 have neither key nor signature.
+
+        Args:
+            own: The key that has to be in force at the end; None accepts any.
+        """
+        faults: dict[int, str] = {}
+        named, key = 0, None
+        for position, row in enumerate(self.rows):
+            if row.key is not None:
+                named, key = position, row.key
+            signed = is_signed(row.seq, row.hash, row.signature, key=key) if key else not row.signature
+            if not signed:
+                faults[position] = (
+                    f"row {row.seq} is not signed with the key in force, {(key or 'none')[:16]}: it was "
+                    "forged with another key, or rewritten"
+                )
+        if own is not None and key != own:
+            faults[named] = (
+                f"row {self.rows[named].seq} names key {(key or 'none')[:16]}, this site's is {own[:16]}: "
+                "put the site's own key back, or find out who wrote this ledger"
+            )
+        return faults
+
+    def story(self) -> dict[int, str]:
+        """Go through the rows; what cannot follow the rows before it is a fault."""
+        faults: dict[int, str] = {}
+        for position, row in enumerate(self.rows[1:], start=1):
             try:
                 self._take(row)
             except (KeyError, TypeError, ValueError, ReservationClosed, AlreadyReleased) as error:
-                raise LedgerTampered(f"row {row.seq} cannot follow the rows before it: {error}") from error
+                faults[position] = f"row {row.seq} cannot follow the rows before it: {error}"
+        return faults
 
     def _take(self, row: Row) -> None:
         match row.body["event"]:
@@ -401,6 +604,8 @@ class _Book:
             case "abandoned":
                 self.require_open(self.reservations[row.body["reservation"]])
                 self.abandoned.add(row.body["reservation"])
+            case "signed-over":
+                _ = row.body["key"]
             case event:
                 raise ValueError(f"unknown {event=}")
 
@@ -426,49 +631,53 @@ class _Book:
         return [r.request.event() for r in self.reservations.values() if run is None or r.request.run == run]
 
 
-def _verified(stored: list[tuple[int, str, str, str]]) -> list[Row]:
-    rows: list[Row] = []
-    previous = _BEFORE_THE_FIRST
-    for expected, (seq, recorded, text, digest) in enumerate(stored):
-        if seq != expected:
-            raise LedgerTampered(f"row {expected} is missing or repeated: found row {seq} in its place")
-        try:
-            intact, body = digest == _hash(recorded, text), json.loads(text)
-            number = body["seq"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise LedgerTampered(f"row {seq} was edited: it is no row of a ledger any more") from error
-        if not intact:
-            raise LedgerTampered(f"row {seq} was edited: its hash does not match what it says")
-        if number != seq:
-            raise LedgerTampered(f"row {seq} holds row {number}: it was moved or copied")
-        if recorded != previous:
-            raise LedgerTampered(f"row {seq} does not follow row {seq - 1}: the chain is broken there")
-        rows.append(Row(seq=seq, previous=previous, body=body, hash=digest))
-        previous = digest
-    if not rows:
-        raise LedgerTampered("row 0 is missing: the ledger is empty")
-    return rows
+def _refuse(faults: Mapping[int, str]) -> None:
+    if faults:
+        raise LedgerTampered(faults[min(faults)])
+
+
+def _fault(seq: int, previous: str, intact: bool, body: Mapping[str, Any], before: Row | None) -> str | None:
+    """What is wrong with a row that stands after ``before``."""
+    expected, link = (0, _BEFORE_THE_FIRST) if before is None else (before.seq + 1, before.hash)
+    if seq != expected:
+        return f"row {expected} is missing or repeated: found row {seq} in its place"
+    if not intact:
+        return f"row {seq} was edited: its hash does not match what it says"
+    if body["seq"] != seq:
+        return f"row {seq} holds row {body['seq']}: it was moved or copied"
+    if previous != link:
+        return f"row {seq} does not follow row {seq - 1}: the chain is broken there"
+    if before is not None and body.get("time", "") < before.body.get("time", ""):
+        return f"row {seq} is dated {body.get('time')}, before row {seq - 1}: the clock was set back"
+    return None
+
+
+def _dated(last: Row | None) -> dict[str, str]:
+    """The time of a new row: the clock's, unless that is behind the last row."""
+    clock = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    before = "" if last is None else last.body.get("time", "")
+    if clock >= before:
+        return {"time": clock}
+    logger.warning("the clock says %s, the ledger's last row is of %s: set the clock right", clock, before)
+    return {"time": before, "clock": clock}
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _stored(connection: sqlite3.Connection) -> list[_Stored]:
+    try:
+        return connection.execute(
+            "SELECT seq, previous, body, hash, signature FROM rows ORDER BY seq"
+        ).fetchall()
+    except sqlite3.DatabaseError as error:
+        raise LedgerTampered(f"the rows cannot be read: {error}") from error
 
 
 def _is_empty(connection: sqlite3.Connection) -> bool:
     tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-    return bool(tables == 0 and connection.execute("PRAGMA user_version").fetchone()[0] == 0)
-
-
-def _create(connection: sqlite3.Connection, cohort: str) -> None:
-    for statement in _SCHEMA:
-        connection.execute(statement)
-    _append(connection, None, {"event": "opened", "cohort": cohort})
-    connection.execute(f"PRAGMA user_version = {_VERSION}")
-
-
-def _append(connection: sqlite3.Connection, last: Row | None, facts: Mapping[str, Any]) -> Row:
-    seq, previous = (0, _BEFORE_THE_FIRST) if last is None else (last.seq + 1, last.hash)
-    body = {"seq": seq, **facts}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    row = Row(seq=seq, previous=previous, body=body, hash=_hash(previous, text))
-    connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", (seq, previous, text, row.hash))
-    return row
+    return bool(tables == 0 and _version(connection) == 0)
 
 
 def _hash(previous: str, text: str) -> str:

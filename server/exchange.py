@@ -10,6 +10,7 @@ from typing import Literal
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from server.anchors import AnchorBook, AnchorRefused
 from server.metrics import RunLog
 from server.replies import read, refusal
 from server.roster import POLL_SECONDS, Site
@@ -22,6 +23,7 @@ from strategies.messages import (
     Release,
     ReleaseFacts,
     TrainRequest,
+    addressed,
     bytes_of,
     encode,
     require,
@@ -62,6 +64,7 @@ def exchange(
     sites: Sequence[Site],
     *,
     weighting: Weighting,
+    anchors: AnchorBook,
     log: RunLog,
 ) -> Exchange:
     """Ask ``sites``, wait for each in their order, record what each did.
@@ -69,24 +72,27 @@ def exchange(
     Guarantees:
         One reply is in memory at a time. The order of folding is that of ``sites``, so the average is the
         same bits whoever answers first. Every site ends up in ``replied`` or ``refused``; nothing a site
-        sends raises.
+        sends raises. A private release is folded in only after the head of its site's ledger is on disk.
 
     Args:
         grid: Flower's way to the sites.
         request: What all are asked; its deadline is announced to them and kept here.
         sites: Whom to ask.
         weighting: By declared patients, or every site alike.
+        anchors: Heads of the sites' ledgers: each is sent its last, and its new one is kept.
         log: Takes ``site_replied`` and ``site_refused``.
     """
     average = FedAvg(request.arrays)
     bytes_down = bytes_of(request.arrays)
     deadline = math.inf if request.deadline_unix_seconds is None else request.deadline_unix_seconds
-    ids = _push(grid, request, sites, patience_seconds=deadline - time.time())
+    ids = _push(grid, request, sites, anchors, patience_seconds=deadline - time.time())
     replied: dict[str, ReleaseFacts] = {}
     refused: dict[Site, RefusalCode] = {}
     aggregate_seconds = 0.0
     for site in sites:
-        said = _take(grid, ids.get(site), site, request, average, weighting=weighting, deadline=deadline)
+        said = _take(
+            grid, ids.get(site), site, request, average, anchors, weighting=weighting, deadline=deadline
+        )
         if isinstance(said, Refusal):
             refused[site] = said.code
             log.record(
@@ -99,7 +105,7 @@ def exchange(
         else:
             replied[site.name] = said.facts
             aggregate_seconds += said.seconds
-            facts = said.facts.model_dump(mode="json", exclude={"server_round"})
+            facts = said.facts.model_dump(mode="json", exclude={"server_round", "anchor"})
             log.record(
                 "site_replied",
                 round=request.server_round,
@@ -111,7 +117,12 @@ def exchange(
 
 
 def _push(
-    grid: Grid, request: TrainRequest, sites: Sequence[Site], *, patience_seconds: float
+    grid: Grid,
+    request: TrainRequest,
+    sites: Sequence[Site],
+    anchors: AnchorBook,
+    *,
+    patience_seconds: float,
 ) -> dict[Site, str]:
     """Send the request; the ids of the messages Flower took.
 
@@ -121,7 +132,14 @@ def _push(
     content = encode(request)
     ttl = None if math.isinf(patience_seconds) else max(1.0, 2 * patience_seconds)
     messages = [
-        Message(content, site.node_id, TRAIN, ttl=ttl, group_id=str(request.server_round)) for site in sites
+        Message(
+            addressed(content, anchors.last(site.name)),
+            site.node_id,
+            TRAIN,
+            ttl=ttl,
+            group_id=str(request.server_round),
+        )
+        for site in sites
     ]
     accepted = set(grid.push_messages(messages))
     ids = {site: message.metadata.message_id for site, message in zip(sites, messages, strict=True)}
@@ -134,6 +152,7 @@ def _take(
     site: Site,
     request: TrainRequest,
     average: FedAvg,
+    anchors: AnchorBook,
     *,
     weighting: Weighting,
     deadline: float,
@@ -152,11 +171,16 @@ def _take(
     try:
         release = require(said, Release)
         _require_answer(release.facts, site, request)
+        if release.facts.anchor is not None:
+            anchors.take(site.name, release.facts.anchor, run=request.run, server_round=request.server_round)
         weight = release.facts.patients_declared if weighting == "declared" else 1
         average.fold(release.update, weight)
     except MessageError as error:
         logger.warning("round %d: reply of %s not used: %.200s", request.server_round, site.name, error)
         return refusal(RefusalCode.MESSAGE)
+    except AnchorRefused as error:
+        logger.warning("round %d: release of %s not used: %s", request.server_round, site.name, error)
+        return refusal(RefusalCode.LEDGER)
     return _Folded(facts=release.facts, bytes_up=bytes_of(release.update), seconds=time.monotonic() - begin)
 
 
@@ -174,3 +198,5 @@ def _await(grid: Grid, message_id: str, deadline: float) -> Message | None:
 def _require_answer(facts: ReleaseFacts, site: Site, request: TrainRequest) -> None:
     if (facts.site, facts.server_round) != (site.name, request.server_round):
         raise MessageError("the release is for another site or round than was asked")
+    if request.plan.privacy == "dp" and facts.anchor is None:
+        raise MessageError("a release with privacy names the head of its site's ledger")

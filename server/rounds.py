@@ -12,6 +12,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from server import checkpoints
+from server.anchors import ANCHORS_FILE, AnchorBook
 from server.checkpoints import Checkpoint
 from server.errors import CheckpointError, QuorumError
 from server.exchange import Exchange, exchange
@@ -90,6 +91,7 @@ class _Run:
         self._in_turn = isinstance(grid, InProcessGrid)
         self._roster = Roster(grid, run=federation.name, bundle=start.bundle)
         self._identity = _identity(federation, start)
+        self._anchors = AnchorBook(run_dir / ANCHORS_FILE)
 
     def go(self, done: Checkpoint | None) -> Arrays:
         begin = time.monotonic()
@@ -118,6 +120,7 @@ class _Run:
             self._request(server_round, base),
             sites,
             weighting=strategy.weighting,
+            anchors=self._anchors,
             log=self._log,
         )
         exchanged = time.monotonic() - begin - outcome.aggregate_seconds

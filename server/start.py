@@ -17,6 +17,7 @@ from server.evaluation import EvaluationSet, evaluator
 from server.federation import Federation
 from server.rounds import Evaluate, Start
 from strategies.bundles import BundleStore
+from strategies.files import sync, write_text
 from strategies.messages import PublicBundle
 from tasks.prompts import PROMPTS
 
@@ -66,6 +67,7 @@ def save_prepared(folder: Path, prepared: Prepared) -> None:
     if prepared.evaluation is not None:
         partial = folder / ".evaluation.partial.npz"
         prepared.evaluation.save(partial)
+        sync(partial)
         os.replace(partial, folder / "evaluation.npz")
     facts = {
         "version": VERSION,
@@ -73,9 +75,7 @@ def save_prepared(folder: Path, prepared: Prepared) -> None:
         "public_start": prepared.public_start,
         "source": prepared.source,
     }
-    partial = folder / ".start.json.partial"
-    partial.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(partial, folder / "start.json")
+    write_text(folder / "start.json", json.dumps(facts))
 
 
 def load_prepared(folder: Path) -> Prepared | None:

@@ -17,7 +17,7 @@ train       `TrainRequest`             `Release` or `Refusal`
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,6 +27,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from privacy.signing import Anchor
+
 MESSAGE_VERSION = 1
 HELLO = "query.hello"
 INSTALL = "query.install"
@@ -35,6 +37,7 @@ TRAIN = "train"
 Arrays = dict[str, NDArray[Any]]
 Part = Literal["full", "lora", "heads"]
 Objective = Literal["anchored", "microbatch", "infonce"]
+OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8")
 
@@ -54,6 +57,7 @@ class RefusalCode(StrEnum):
     POLICY = "policy"
     COHORT = "cohort"
     MODEL = "model"
+    LEDGER = "ledger"
     MESSAGE = "message"
     DEADLINE = "deadline"
     FAILED = "failed"
@@ -70,7 +74,8 @@ class TrainingPlan(Facts):
 
     Attributes:
         part: What is trained and travels: all weights, LoRA factors, or the two projection heads.
-        objective: ``anchored`` decomposes over patients; ``infonce`` does not and never claims an epsilon.
+        objective: ``anchored`` decomposes over patients, ``microbatch`` over groups of them (at twice the
+            noise); ``infonce`` does neither and never claims an epsilon.
         privacy: ``dp`` or ``none``.
         epsilon: Asked for the whole run, per patient, add/remove; null without DP.
         rounds: Rounds of the whole run, so that the site can plan its noise for all of them.
@@ -81,10 +86,16 @@ class TrainingPlan(Facts):
         schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
         keep_optimizer: The site goes on with its optimizer's state from the round before, which stays with it
             in memory; only without privacy. A site that was restarted begins anew.
-        max_grad_norm: Clipping bound C of one patient's gradient.
+        optimizer: ``dp-adambc`` is Adam that knows the noise in its gradients; only with privacy.
+        max_grad_norm: Clipping bound C of one patient's gradient, or one group's.
         studies_per_patient: At most so many pairs of a sampled patient are averaged into its gradient.
         inverse_temperature: Fixed logit scale s = 1 / temperature.
         anchors: How many public anchors each side of the anchored loss uses.
+        loss: Form of the anchored loss: one choice among all (softmax), or a yes or no for each (sigmoid).
+        logit_bias: b of the sigmoid form, public and fixed.
+        soft_positives: Anchors whose text is at least so similar to a pair's own are partly right for it,
+            in [0, 0.9); null: those that say the same are left out, and all others are wrong.
+        groups: M of the microbatch objective: each drawn patient joins one of so many groups at random.
         seed: Seeds augmentation and, without DP, sampling. Never the noise.
     """
 
@@ -100,10 +111,15 @@ class TrainingPlan(Facts):
     weight_decay: float = Field(ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     keep_optimizer: bool = False
+    optimizer: OptimizerName = "adamw"
     max_grad_norm: float = Field(gt=0)
     studies_per_patient: int = Field(ge=1, le=64)
     inverse_temperature: float = Field(gt=0)
     anchors: int = Field(ge=1)
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    logit_bias: float = -5.0
+    soft_positives: float | None = Field(default=None, ge=0, lt=0.9)
+    groups: int = Field(default=16, ge=1)
     augment: bool
     lora_rank: int = Field(ge=1)
     seed: int = Field(ge=0)
@@ -169,6 +185,7 @@ class _TrainFacts(Facts):
     bundle: str
     plan: TrainingPlan
     deadline_unix_seconds: float | None
+    anchor: Anchor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +195,7 @@ class TrainRequest:
     Attributes:
         arrays: The trainable weights of the global model, float32.
         deadline_unix_seconds: A reply later than this is not used; null: no deadline.
+        anchor: The last that the coordinator knows of the asked site's ledger; null: none.
     """
 
     run: str
@@ -186,10 +204,11 @@ class TrainRequest:
     plan: TrainingPlan
     arrays: Arrays
     deadline_unix_seconds: float | None = None
+    anchor: Anchor | None = None
 
     @property
     def digest(self) -> str:
-        """Identity of the request; the deadline is no part of it, so asking again is the same request."""
+        """Identity of the request; deadline and anchor are no part of it: asked again, it is the same."""
         facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json")]
         return hashlib.sha256(
             (json.dumps(facts, sort_keys=True) + digest_of(self.arrays)).encode()
@@ -205,7 +224,7 @@ class ReleaseFacts(Facts):
         epsilon: Spent so far by the site's cohort, all runs; null without DP.
         epsilon_max: The cohort's budget; null without DP.
         noise_multiplier: Noise standard deviation over sensitivity; null without DP.
-        ledger_head: Hash of the ledger's last row; null without DP.
+        anchor: How far the site's ledger has got, signed; null without DP.
         insecure_seed: The noise came from a fixed seed: a test, no guarantee.
         replayed: The same request was answered before; these are the same bytes, at no cost.
     """
@@ -221,7 +240,7 @@ class ReleaseFacts(Facts):
     noise_multiplier: float | None
     sample_rate: float | None
     max_grad_norm: float | None
-    ledger_head: str | None
+    anchor: Anchor | None
     insecure_seed: bool
     replayed: bool
 
@@ -251,9 +270,17 @@ def encode(
             bundle=message.bundle,
             plan=message.plan,
             deadline_unix_seconds=message.deadline_unix_seconds,
+            anchor=message.anchor,
         )
         return _records("TrainRequest", request.model_dump(mode="json"), message.arrays)
     return _records("Release", message.facts.model_dump(mode="json"), message.update)
+
+
+def addressed(content: RecordDict, anchor: Anchor | None) -> RecordDict:
+    """An encoded `TrainRequest` for one site, with its own anchor; the arrays are shared, not copied."""
+    facts = content["facts"]
+    text = json.dumps({**json.loads(str(facts["json"])), "anchor": asdict(anchor) if anchor else None})
+    return RecordDict({**content, "facts": ConfigRecord({**facts, "json": text})})
 
 
 def decode(
@@ -309,6 +336,7 @@ def _build(
             plan=request.plan,
             arrays=arrays,
             deadline_unix_seconds=request.deadline_unix_seconds,
+            anchor=request.anchor,
         )
     if kind == "Release":
         return Release(facts=ReleaseFacts.model_validate(facts), update=arrays)

@@ -148,7 +148,7 @@ def facts(site: str, server_round: int, patients: int, replayed: bool = False) -
         noise_multiplier=None,
         sample_rate=None,
         max_grad_norm=None,
-        ledger_head=None,
+        anchor=None,
         insecure_seed=False,
         replayed=replayed,
     )

@@ -14,10 +14,12 @@ from hypothesis.extra import numpy as arrays_of
 from safetensors.numpy import save_file
 
 from client.releases import ReleaseStore
+from privacy.signing import Anchor
 from strategies.messages import Arrays, Release, digest_of
 from tests.fake_site import facts
 
 REQUEST = "ab" * 32
+ANCHOR = Anchor(seq=3, head="ab" * 32, signature="cd" * 64, key="ef" * 32)
 
 
 def release(update: Arrays | None = None, **changes: Any) -> Release:
@@ -49,7 +51,7 @@ def test_a_stored_release_comes_back_bit_for_bit(
     update: Arrays, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     store = ReleaseStore(folder=tmp_path_factory.mktemp("store"))
-    stored = store.store(REQUEST, release(update, epsilon=0.1 + 0.2, ledger_head="ff"))
+    stored = store.store(REQUEST, release(update, epsilon=0.1 + 0.2, anchor=ANCHOR))
     found = store.find(REQUEST)
     assert found is not None
     assert digest_of(found.update) == digest_of(update)
@@ -119,6 +121,6 @@ def test_only_the_owner_may_read_releases(store: ReleaseStore) -> None:
 
 def test_a_release_of_another_version_is_refused(store: ReleaseStore) -> None:
     store.folder.mkdir()
-    save_file(release().update, store.folder / f"{REQUEST}.safetensors", metadata={"version": "2"})
-    with pytest.raises(ValueError, match="release of version 2, this code reads 1"):
+    save_file(release().update, store.folder / f"{REQUEST}.safetensors", metadata={"version": "1"})
+    with pytest.raises(ValueError, match="release of version 1, this code reads 2"):
         store.find(REQUEST)

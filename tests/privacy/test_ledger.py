@@ -11,24 +11,37 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import privacy.ledger
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 from privacy.errors import (
     AlreadyReleased,
     BudgetExceeded,
+    HistoryLost,
+    KeyUnusable,
     LedgerTampered,
     ReservationClosed,
     WrongLedger,
 )
 from privacy.ledger import Ledger, Reservation, ReservationRequest
+from privacy.signing import SiteKey
 
 DELTA = 1e-5
 COHORT = "sha256:cohort"
+
+
+def new_key() -> SiteKey:
+    private = Ed25519PrivateKey.generate()
+    return SiteKey(public=private.public_key().public_bytes_raw().hex(), _private=private)
+
+
+KEY, FOREIGN = new_key(), new_key()
 
 
 def request(number: int = 1, **facts: Any) -> ReservationRequest:
@@ -63,8 +76,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.sqlite"
 
 
-def opened(path: Path, epsilon_max: float = 8.0) -> Ledger:
-    return Ledger.open(path, cohort=COHORT, epsilon_max=epsilon_max, delta=DELTA)
+def opened(path: Path, epsilon_max: float = 8.0, key: SiteKey = KEY) -> Ledger:
+    return Ledger.open(path, cohort=COHORT, epsilon_max=epsilon_max, delta=DELTA, key=key)
 
 
 @pytest.fixture
@@ -81,7 +94,9 @@ def test_a_new_ledger_has_spent_nothing_and_belongs_to_its_owner_alone(path: Pat
     assert ledger.spent() == 0.0
     assert ledger.events() == []
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [row.body for row in ledger.rows()] == [{"seq": 0, "event": "opened", "cohort": COHORT}]
+    (row,) = ledger.rows()
+    told = {name: value for name, value in row.body.items() if name not in ("time", "salt")}
+    assert told == {"seq": 0, "event": "opened", "cohort": COHORT, "key": KEY.public}
 
 
 def test_a_released_reservation_is_charged_once_and_at_rest_the_ledger_is_one_file(path: Path) -> None:
@@ -162,7 +177,7 @@ def test_a_result_cannot_follow_a_failure_nor_a_failure_a_result(path: Path) -> 
 
 
 def test_a_reservation_of_another_ledger_is_refused(path: Path, tmp_path: Path) -> None:
-    elsewhere = Ledger.open(tmp_path / "other.sqlite", cohort="other", epsilon_max=8.0, delta=DELTA)
+    elsewhere = Ledger.open(tmp_path / "other.sqlite", cohort="other", epsilon_max=8.0, delta=DELTA, key=KEY)
     foreign = elsewhere.reserve(request())
     ledger = opened(path)
     ledger.reserve(request())
@@ -298,15 +313,15 @@ def test_everyone_may_take_part_without_a_sampler(path: Path) -> None:
 def test_a_ledger_of_another_cohort_is_refused_by_name(path: Path) -> None:
     opened(path)
     with pytest.raises(WrongLedger, match=r"ledger of cohort sha256:cohort, not of sha256:other"):
-        Ledger.open(path, cohort="sha256:other", epsilon_max=8.0, delta=DELTA)
+        Ledger.open(path, cohort="sha256:other", epsilon_max=8.0, delta=DELTA, key=KEY)
 
 
 def test_a_ledger_of_a_newer_version_is_refused(path: Path) -> None:
     opened(path)
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(WrongLedger, match="version 2, this code reads 1"):
+    with pytest.raises(WrongLedger, match="version 3, this code reads 2"):
         opened(path)
 
 
@@ -345,7 +360,7 @@ def test_a_ledger_that_vanished_is_not_started_afresh_by_a_charge(path: Path) ->
 )
 def test_a_budget_out_of_range_is_refused(path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Ledger.open(path, **{"cohort": COHORT, "epsilon_max": 8.0, "delta": DELTA, **values})
+        Ledger.open(path, **{"cohort": COHORT, "epsilon_max": 8.0, "delta": DELTA, "key": KEY, **values})
     assert not path.exists()
 
 
@@ -400,17 +415,28 @@ TAMPERINGS = {
         "row 1 holds row 3: it was moved or copied",
     ),
     "copied to the end": (
-        ["INSERT INTO rows SELECT 6, previous, body, hash FROM rows WHERE seq = 2"],
+        ["INSERT INTO rows SELECT 6, previous, body, hash, signature FROM rows WHERE seq = 2"],
         "row 6 holds row 2: it was moved or copied",
     ),
     "copied beyond a gap": (
-        ["INSERT INTO rows SELECT 9, previous, body, hash FROM rows WHERE seq = 2"],
+        ["INSERT INTO rows SELECT 9, previous, body, hash, signature FROM rows WHERE seq = 2"],
         "row 6 is missing or repeated: found row 9",
     ),
     "repeated number": (
         ["CREATE TABLE loose AS SELECT * FROM rows", "INSERT INTO loose SELECT * FROM rows WHERE seq = 2",
          "DROP TABLE rows", "ALTER TABLE loose RENAME TO rows"],
         "row 3 is missing or repeated: found row 2",
+    ),
+    "not an object": (["UPDATE rows SET body = '[1]' WHERE seq = 1"], "row 1 was edited"),
+    "edited, and its hash made right": (["UPDATE rows SET body = replace(body, '0.45', '45.0'), "
+        "hash = '" + "ab" * 32 + "' WHERE seq = 3"], "row 3 was edited"),
+    "last row signed by nobody": (
+        ["UPDATE rows SET signature = '" + "00" * 64 + "' WHERE seq = 5"], "row 5 is not signed with the key"
+    ),
+    "last row's signature gone": (["UPDATE rows SET signature = '' WHERE seq = 5"], "row 5 is not signed"),
+    "signature of another row": (
+        ["UPDATE rows SET signature = (SELECT signature FROM rows WHERE seq = 1) WHERE seq = 5"],
+        "row 5 is not signed",
     ),
     "table dropped": (["DROP TABLE rows"], "the rows cannot be read: no such table"),
 }  # fmt: skip
@@ -428,28 +454,40 @@ def test_tampering_is_named_and_nothing_more_is_charged(
             act()
 
 
-def chain(*bodies: dict[str, Any]) -> list[tuple[int, str, str, str]]:
-    """The format as documented, written independently of the code."""
-    rows, previous = [], "0" * 64
+Stored = tuple[int, str, str, str, str]
+
+
+def chain(*bodies: dict[str, Any], key: SiteKey = KEY, by: dict[int, SiteKey] | None = None) -> list[Stored]:
+    """The format as documented, written independently of the code; ``by`` says who signs other rows."""
+    rows: list[Stored] = []
+    previous = "0" * 64
     for seq, body in enumerate(bodies):
         text = json.dumps({"seq": seq, **body}, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256((previous + text).encode()).hexdigest()
-        rows.append((seq, previous, text, digest))
+        private = (by or {}).get(seq, key)._private
+        assert private is not None
+        signature = private.sign(f"clipward ledger row {seq} {digest}".encode()).hex()
+        rows.append((seq, previous, text, digest, signature))
         previous = digest
     return rows
 
 
-def write(path: Path, rows: list[tuple[int, str, str, str]]) -> Ledger:
+def put(path: Path, rows: list[Stored]) -> Ledger:
     opened(path)
     tamper(path, "DELETE FROM rows")
     connection = sqlite3.connect(path)
     with connection:
-        connection.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", rows)
     connection.close()
+    return Ledger(path=path, cohort=COHORT, epsilon_max=8.0, delta=DELTA, key=KEY)
+
+
+def write(path: Path, rows: list[Stored]) -> Ledger:
+    put(path, rows)
     return opened(path)
 
 
-OPENED = {"event": "opened", "cohort": COHORT}
+OPENED = {"event": "opened", "cohort": COHORT, "key": KEY.public}
 RESERVED = {"event": "reserved", "request": asdict(request())}
 
 
@@ -475,6 +513,7 @@ def test_a_row_whose_link_was_cut_is_named_even_if_its_own_hash_is_right(path: P
         [{"event": "reserved", "request": {**asdict(request()), "unit": "study"}}],
         [{"event": "reserved", "request": {**asdict(request()), "discount": 1}}],
         [{"event": "opened", "cohort": COHORT}],
+        [{"event": "signed-over"}],
     ],
 )
 def test_rows_that_tell_an_impossible_story_are_refused(path: Path, story: list[dict[str, Any]]) -> None:
@@ -497,14 +536,6 @@ def test_our_own_code_cannot_update_or_delete(path: Path) -> None:
     connection.close()
 
 
-def test_a_history_cut_short_shows_only_against_a_head_kept_elsewhere(path: Path) -> None:
-    ledger = filled(path)
-    kept = ledger.head
-    tamper(path, "DELETE FROM rows WHERE seq = 5")
-    ledger.verify()
-    assert kept not in [row.hash for row in ledger.rows()]
-
-
 def test_ten_thousand_rows_are_verified_and_accounted_in_two_seconds(path: Path) -> None:
     facts = asdict(request())
     bodies = [
@@ -519,6 +550,235 @@ def test_ten_thousand_rows_are_verified_and_accounted_in_two_seconds(path: Path)
         PoissonGaussian(sample_rate=0.02, noise_multiplier=(5.0 + i) / 0.5, steps=200_000) for i in range(5)
     ]
     assert spent == epsilon(expected, delta=DELTA)
+    started = time.process_time()
+    assert ledger.problems() == []  # every single signature
+    assert time.process_time() - started < 4
+
+
+# Signatures
+
+
+def test_every_row_is_signed_and_its_signature_is_checked_by_name(path: Path) -> None:
+    ledger = filled(path)
+    assert ledger.problems() == []
+    tamper_again(path, "UPDATE rows SET signature = replace(hash, 'a', 'b') WHERE seq IN (0, 2, 4)")
+    assert [problem[:19] for problem in ledger.problems()] == [
+        f"row {seq} is not signed" for seq in (0, 2, 4)
+    ]
+    with pytest.raises(LedgerTampered, match="row 0 is not signed with the key in force"):
+        ledger.verify()
+
+
+def tamper_again(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("DROP TRIGGER IF EXISTS never_updated")
+        connection.execute("DROP TRIGGER IF EXISTS never_deleted")
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+
+
+def test_a_row_of_a_foreign_key_is_named_wherever_it_stands(path: Path) -> None:
+    """Someone without the site's key goes on with its chain; whoever reads it names the first such row."""
+    for seq in (1, 2):
+        ledger = put(path.with_name(f"{seq}.sqlite"), chain(OPENED, RESERVED, RESERVED, by={seq: FOREIGN}))
+        with pytest.raises(LedgerTampered, match=f"row {seq} is not signed with the key in force"):
+            ledger.verify()
+    with pytest.raises(LedgerTampered, match="row 2 is not signed"):
+        ledger.reserve(request(4))
+
+
+def test_a_history_rewritten_with_all_its_hashes_is_named_at_its_first_row(path: Path) -> None:
+    cheaper = {"event": "reserved", "request": {**asdict(request()), "noise_std": 45.0}}
+    honest = chain(OPENED, RESERVED, RESERVED)
+    forged = chain(OPENED, cheaper, RESERVED)
+    rows = [(*row[:4], signed[4]) for row, signed in zip(forged, honest, strict=True)]
+    ledger = put(path, rows)
+    for act in (ledger.spent, ledger.verify, lambda: ledger.reserve(request(4))):
+        with pytest.raises(LedgerTampered, match="row 1 is not signed with the key in force"):
+            act()
+
+
+def test_a_whole_ledger_of_a_foreign_key_is_not_this_site_s(path: Path) -> None:
+    opened(path, key=FOREIGN).reserve(request())
+    with pytest.raises(LedgerTampered, match=r"row 0 names key .*put the site's own key back"):
+        opened(path)
+
+
+def test_the_public_half_reads_and_verifies_but_charges_nothing(path: Path) -> None:
+    filled(path)
+    reader = opened(path, key=SiteKey(public=KEY.public))
+    assert reader.problems() == []
+    assert len(reader.events()) == 3
+    before = reader.head
+    with pytest.raises(KeyUnusable, match=r"site\.key is missing, so nothing can be charged: restore"):
+        reader.reserve(request(4))
+    assert reader.head == before
+
+
+def test_a_new_key_vouches_for_what_the_lost_one_signed_and_nothing_is_forgotten(path: Path) -> None:
+    old = filled(path).anchor
+    successor = Ledger(path=path, cohort=COHORT, epsilon_max=8.0, delta=DELTA, key=FOREIGN)
+    with pytest.raises(LedgerTampered, match="row 0 names key"):
+        successor.spent()
+    successor.sign_over()
+    successor.sign_over()
+    assert [row.body["event"] for row in successor.rows()][5:] == ["reserved", "signed-over"]
+    assert successor.problems() == []
+    assert len(successor.events()) == 3
+    successor.require(old)
+    assert successor.anchor.key == FOREIGN.public != old.key
+    successor.reserve(request(4))
+    with pytest.raises(LedgerTampered, match="row 6 names key"):
+        opened(path)
+
+
+def test_a_history_that_is_not_whole_is_not_signed_over(path: Path) -> None:
+    filled(path)
+    tamper(path, "UPDATE rows SET body = replace(body, '0.45', '45.0') WHERE seq = 3")
+    successor = Ledger(path=path, cohort=COHORT, epsilon_max=8.0, delta=DELTA, key=FOREIGN)
+    with pytest.raises(LedgerTampered, match="row 3 was edited"):
+        successor.sign_over()
+    assert stored(path)[-1][0] == 5
+
+
+def stored(path: Path) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT * FROM rows ORDER BY seq").fetchall()
+    connection.close()
+    return rows
+
+
+def version_1(path: Path) -> Path:
+    """As the first release wrote it: no signature, no key, no time."""
+    rows = chain({"event": "opened", "cohort": COHORT}, RESERVED)
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(
+            "CREATE TABLE rows (seq INTEGER PRIMARY KEY, previous TEXT NOT NULL, body TEXT NOT NULL, "
+            "hash TEXT NOT NULL) STRICT"
+        )
+        connection.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", [row[:4] for row in rows])
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    return path
+
+
+def test_an_unsigned_ledger_is_refused_with_the_remedy_and_signed_over_it_keeps_every_charge(
+    path: Path,
+) -> None:
+    with pytest.raises(
+        WrongLedger, match=r"version 1, whose rows are not signed: 'clipward budget sign SITE'"
+    ):
+        opened(version_1(path))
+    Ledger(path=path, cohort=COHORT, epsilon_max=8.0, delta=DELTA, key=KEY).sign_over()
+    ledger = opened(path)
+    assert ledger.problems() == []
+    assert ledger.events() == [request().event()]
+    ledger.reserve(request(2))
+
+
+def test_a_row_put_before_the_first_signature_of_a_signed_over_ledger_is_named(path: Path) -> None:
+    Ledger(path=version_1(path), cohort=COHORT, epsilon_max=8.0, delta=DELTA, key=KEY).sign_over()
+    tamper_again(path, "UPDATE rows SET body = replace(body, '0.45', '45.0') WHERE seq = 1")
+    with pytest.raises(LedgerTampered, match="row 1 was edited"):
+        opened(path)
+
+
+# Time
+
+
+def test_a_row_dated_before_the_row_above_it_is_named(path: Path) -> None:
+    dated = [{**RESERVED, "time": f"2026-01-0{day}T00:00:00Z"} for day in (2, 3, 1)]
+    with pytest.raises(
+        LedgerTampered, match=r"row 3 is dated 2026-01-01T00:00:00Z, before row 2: the clock was"
+    ):
+        write(path, chain({**OPENED, "time": "2026-01-01T00:00:00Z"}, *dated))
+
+
+def test_a_clock_that_is_behind_is_told_and_stops_nobody(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Clock(datetime):
+        moment = datetime(2026, 6, 1, 12, tzinfo=UTC)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls.moment
+
+    monkeypatch.setattr(privacy.ledger, "datetime", Clock)
+    ledger = opened(path)
+    ledger.reserve(request(1))
+    Clock.moment -= timedelta(days=30)
+    ledger.reserve(request(2))
+    Clock.moment += timedelta(days=60)
+    ledger.reserve(request(3))
+    assert [(row.body["time"], row.body.get("clock")) for row in ledger.rows()] == [
+        ("2026-06-01T12:00:00Z", None),
+        ("2026-06-01T12:00:00Z", None),
+        ("2026-06-01T12:00:00Z", "2026-05-02T12:00:00Z"),
+        ("2026-07-01T12:00:00Z", None),
+    ]
+    assert ledger.problems() == []
+    assert "set the clock right" in caplog.text
+
+
+# Anchors
+
+
+def test_an_anchor_is_the_signed_head(path: Path) -> None:
+    ledger = filled(path)
+    anchor = ledger.anchor
+    assert (anchor.seq, anchor.head, anchor.key, anchor.is_genuine) == (5, ledger.head, KEY.public, True)
+    ledger.require(anchor)
+    ledger.reserve(request(4))
+    ledger.require(anchor, ledger.anchor)
+    ledger.require()
+
+
+def test_a_history_cut_short_shows_only_against_an_anchor_kept_elsewhere(path: Path) -> None:
+    ledger = filled(path)
+    kept = ledger.anchor
+    tamper(path, "DELETE FROM rows WHERE seq = 5")
+    assert ledger.problems() == []
+    with pytest.raises(
+        HistoryLost, match=r"row 5 was anchored and is gone, the last is row 4: .*newest copy"
+    ):
+        ledger.require(kept)
+
+
+def test_a_history_restored_and_continued_shows_against_an_anchor(path: Path) -> None:
+    ledger = filled(path)
+    back_up = path.read_bytes()
+    ledger.reserve(request(4))
+    kept = ledger.anchor
+    path.write_bytes(back_up)
+    ledger.reserve(request(5))
+    with pytest.raises(HistoryLost, match="row 6 is another than was anchored: the history was rewritten"):
+        ledger.require(kept)
+
+
+def test_an_anchor_that_this_site_never_made_proves_nothing(path: Path, tmp_path: Path) -> None:
+    ledger = filled(path)
+    elsewhere = opened(tmp_path / "other.sqlite", key=FOREIGN).anchor
+    forged = replace(ledger.anchor, seq=2, head="ab" * 32)
+    assert [problem[:40] for problem in ledger.missing(elsewhere, forged)] == [
+        "the anchor of row 0 was not made with a ", "the anchor of row 2 was not made with a ",
+    ]  # fmt: skip
+
+
+def test_two_ledgers_of_one_key_are_told_apart(path: Path, tmp_path: Path) -> None:
+    """A ledger deleted and begun afresh."""
+    kept = filled(path).anchor
+    path.unlink()
+    with pytest.raises(HistoryLost, match="row 5 was anchored and is gone"):
+        opened(path).require(kept)
+
+
+def test_a_head_confirms_no_guess(path: Path, tmp_path: Path) -> None:
+    """Equal rows of the same second have different hashes, so nobody can try out what a row says."""
+    assert opened(path).head != opened(tmp_path / "other.sqlite").head
 
 
 # Crashes and races
@@ -604,6 +864,32 @@ def test_of_processes_racing_for_the_last_of_the_budget_exactly_one_wins(tmp_pat
         outcomes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert sorted(outcomes) == [0, 7, 7]
         assert len(opened(path, epsilon_max=1.0).events()) == 1
+
+
+@pytest.mark.usefixtures("cheap_epsilon")
+def test_two_runs_racing_on_one_cohort_never_pass_its_budget_together(tmp_path: Path) -> None:
+    """Each charges its rounds as fast as it can until it is refused; every grant counts against both."""
+    for race in range(5):
+        path, start = tmp_path / f"{race}.sqlite", tmp_path / f"go-{race}"
+        opened(path, epsilon_max=15.0)
+
+        def spend(run: int, path: Path = path, start: Path = start) -> None:
+            ledger = opened(path, epsilon_max=15.0)
+            while not start.exists():
+                pass
+            for number in range(1, 12):
+                charge = request(number, run=f"run-{run}", request_digest=f"run-{run}/{number}")
+                reservation = ledger.reserve(charge)
+                ledger.released(reservation, output_digest=f"out-{run}-{number}")
+
+        children = [in_child(lambda n=n: _quiet(spend, n)) for n in (1, 2)]  # type: ignore[misc]
+        time.sleep(0.02)
+        start.touch()
+        outcomes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        ledger = opened(path, epsilon_max=15.0)
+        assert 7 in outcomes  # 22 rounds were wanted
+        assert len(ledger.events()) == len(ledger.events("run-1")) + len(ledger.events("run-2")) == 15
+        assert ledger.problems() == []
 
 
 def _quiet(work: Callable[[int], None], number: int) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from privacy.signing import Anchor
 from strategies import messages
 from strategies.messages import (
     Arrays,
@@ -22,6 +23,7 @@ from strategies.messages import (
     SiteFacts,
     TrainingPlan,
     TrainRequest,
+    addressed,
     bytes_of,
     check_update,
     decode,
@@ -35,9 +37,10 @@ PLAN = TrainingPlan(
     learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0, studies_per_patient=2, inverse_temperature=14.3,
     anchors=16, augment=False, lora_rank=4, seed=0,
 )  # fmt: skip
+ANCHOR = Anchor(seq=3, head="ab" * 32, signature="cd" * 64, key="ef" * 32)
 FACTS = ReleaseFacts(
     site="north", server_round=1, patients_declared=100, steps=4, seconds=10.0, epsilon=0.5, epsilon_max=8.0,
-    delta=1e-4, noise_multiplier=1.1, sample_rate=0.08, max_grad_norm=1.0, ledger_head="ab",
+    delta=1e-4, noise_multiplier=1.1, sample_rate=0.08, max_grad_norm=1.0, anchor=ANCHOR,
     insecure_seed=False, replayed=False,
 )  # fmt: skip
 
@@ -118,9 +121,40 @@ def test_arrays_in_any_memory_layout_survive_the_wire() -> None:
     assert same(require(decode(encode(request(values))), TrainRequest).arrays, values)
 
 
-def test_the_deadline_is_no_part_of_a_request_s_identity() -> None:
+def test_neither_deadline_nor_anchor_is_part_of_a_request_s_identity() -> None:
+    """Asked again after a crash, when the coordinator knows a newer head, it is the same request."""
     values = {"w": np.ones(2, dtype=np.float32)}
     assert request(values).digest == request(values, deadline_unix_seconds=None).digest
+    assert request(values).digest == request(values, anchor=ANCHOR).digest
+
+
+def test_a_request_is_addressed_with_a_site_s_anchor_and_shares_its_arrays() -> None:
+    sent = request({"w": np.ones(2, dtype=np.float32)})
+    content = encode(sent)
+    one, none = addressed(content, ANCHOR), addressed(content, None)
+    assert one["arrays"] is none["arrays"] is content["arrays"]
+    for said, anchor in ((one, ANCHOR), (none, None), (content, None)):
+        got = require(decode(said), TrainRequest)
+        assert (got.anchor, got.digest, got.deadline_unix_seconds) == (anchor, sent.digest, 5.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seq": -1},
+        {"seq": 2**63},
+        {"head": "AB" * 32},
+        {"signature": "cd"},
+        {"key": "ef\n" * 32},
+        {"why": "x"},
+    ],
+)
+def test_a_malformed_anchor_is_a_wrong_field(change: dict[str, Any]) -> None:
+    facts = FACTS.model_dump(mode="json")
+    facts["anchor"] |= change
+    content = ConfigRecord({"version": 1, "kind": "Release", "json": json.dumps(facts)})
+    with pytest.raises(MessageError, match="wrong fields: anchor"):
+        decode(RecordDict({"facts": content}))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +241,7 @@ def test_what_does_not_follow_the_file_is_named(content: RecordDict, rule: str) 
     [("epsilon", "NaN"), ("seconds", "Infinity"), ("patients_declared", "1" + "0" * 400), ("steps", "-1")],
 )
 def test_a_number_that_would_spoil_weights_or_metrics_is_refused(field: str, value: str) -> None:
-    text = json.dumps(FACTS.model_dump() | {field: "here"}).replace('"here"', value)
+    text = json.dumps(FACTS.model_dump(mode="json") | {field: "here"}).replace('"here"', value)
     content = RecordDict({"facts": ConfigRecord({"version": 1, "kind": "Release", "json": text})})
     with pytest.raises(MessageError, match=f"wrong fields: {field}"):
         decode(content)
