@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from encoders.objectives import anchored_loss, infonce_loss
 from encoders.parts import TrainablePart, trainable_part
+from privacy.bookkeeping import BookKeepingEngine
 from privacy.engine import (
     Batch,
     ClippingEngine,
@@ -84,8 +85,25 @@ def loss_with(dtype: torch.dtype) -> PatientLosses:
     return patient_losses
 
 
-def engine_of(kind: str, dtype: torch.dtype, *, chunk: int = 16) -> VmapEngine:
-    return VmapEngine(part_of(kind, dtype).module, loss_with(dtype), chunk=chunk)
+class MakesEngine(Protocol):
+    """Every engine, with the patients it takes at a time."""
+
+    def __call__(
+        self, module: nn.Module, patient_losses: PatientLosses, *, chunk: int = 16
+    ) -> ClippingEngine: ...
+
+
+def bookkeeping(module: nn.Module, patient_losses: PatientLosses, *, chunk: int = 16) -> ClippingEngine:
+    return BookKeepingEngine(module, patient_losses, physical_batch=chunk)
+
+
+all_engines = pytest.mark.parametrize("makes", [bookkeeping, VmapEngine])
+
+
+def engine_of(
+    kind: str, dtype: torch.dtype, *, makes: MakesEngine = bookkeeping, chunk: int = 16
+) -> ClippingEngine:
+    return makes(part_of(kind, dtype).module, loss_with(dtype), chunk=chunk)
 
 
 def batch_of(kind: str, dtype: torch.dtype, *, patients: int, studies: int, seed: int) -> dict[str, Tensor]:
@@ -168,6 +186,7 @@ def duplicates_and_an_outlier(kind: str, dtype: torch.dtype, *, seed: int = 0) -
 # --- the sum is the sum -------------------------------------------------------------------------------------
 
 
+@all_engines
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, deadline=None)
 @given(
@@ -177,45 +196,48 @@ def duplicates_and_an_outlier(kind: str, dtype: torch.dtype, *, seed: int = 0) -
     seed=st.integers(0, 10**6),
 )
 def test_the_clipped_sum_is_that_of_a_loop_over_patients(
-    kind: str, ratios: list[float], studies: int, bound: float, seed: int
+    makes: MakesEngine, kind: str, ratios: list[float], studies: int, bound: float, seed: int
 ) -> None:
     batch = batch_of(kind, torch.float64, patients=len(ratios), studies=studies, seed=seed)
     at_ratios(batch, [norm(raw) for raw in autograd_loop(kind, torch.float64, batch)], ratios, bound)
     gradients = autograd_loop(kind, torch.float64, batch)
     assert [norm(gradient) / bound for gradient in gradients] == pytest.approx(ratios, rel=1e-9)
     expected = reference_sum(gradients, bound)
-    found = engine_of(kind, torch.float64).clipped_sum(batch, max_grad_norm=bound)
+    found = engine_of(kind, torch.float64, makes=makes).clipped_sum(batch, max_grad_norm=bound)
     assert found.keys() == expected.keys()
     assert difference(found, expected) <= 1e-9 * bound
-    single = engine_of(kind, torch.float32)
+    single = engine_of(kind, torch.float32, makes=makes)
     rounded = single.clipped_sum(in_precision(batch, torch.float32), max_grad_norm=bound)
     assert difference(rounded, expected) <= 1e-4 * bound * max(1, len(ratios))
 
 
+@all_engines
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_trained_array_is_in_the_sum_and_has_a_gradient(kind: str) -> None:
+def test_every_trained_array_is_in_the_sum_and_has_a_gradient(makes: MakesEngine, kind: str) -> None:
     module = part_of(kind, torch.float64).module
     batch = batch_of(kind, torch.float64, patients=4, studies=2, seed=0)
-    found = engine_of(kind, torch.float64).clipped_sum(batch, max_grad_norm=1.0)
+    found = engine_of(kind, torch.float64, makes=makes).clipped_sum(batch, max_grad_norm=1.0)
     trained = {name: value.shape for name, value in module.named_parameters() if value.requires_grad}
     assert {name: value.shape for name, value in found.items()} == trained
     silent = {name for name, value in found.items() if not value.abs().max() > 1e-12}
     assert all(name.endswith("k_proj.bias") for name in silent)  # softmax ignores what all keys share
 
 
+@all_engines
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_chunk_bounds_memory_and_not_results(kind: str) -> None:
+def test_the_chunk_bounds_memory_and_not_results(makes: MakesEngine, kind: str) -> None:
     batch = batch_of(kind, torch.float64, patients=5, studies=2, seed=1)
-    whole = engine_of(kind, torch.float64, chunk=16).clipped_sum(batch, max_grad_norm=0.5)
+    whole = engine_of(kind, torch.float64, chunk=16, makes=makes).clipped_sum(batch, max_grad_norm=0.5)
     for chunk in (1, 2, 5):
-        parts = engine_of(kind, torch.float64, chunk=chunk).clipped_sum(batch, max_grad_norm=0.5)
+        parts = engine_of(kind, torch.float64, chunk=chunk, makes=makes).clipped_sum(batch, max_grad_norm=0.5)
         assert difference(whole, parts) <= 1e-12
 
 
+@all_engines
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_of_weight_zero_changes_nothing(kind: str) -> None:
+def test_padding_of_weight_zero_changes_nothing(makes: MakesEngine, kind: str) -> None:
     batch = batch_of(kind, torch.float64, patients=3, studies=2, seed=2)
-    engine = engine_of(kind, torch.float64)
+    engine = engine_of(kind, torch.float64, makes=makes)
     expected = engine.clipped_sum(batch, max_grad_norm=0.5)
     other = batch_of(kind, torch.float64, patients=3, studies=2, seed=3)
     padding = batch["weights"] == 0
@@ -226,9 +248,12 @@ def test_padding_of_weight_zero_changes_nothing(kind: str) -> None:
     assert difference(expected, engine.clipped_sum(refilled, max_grad_norm=0.5)) <= 1e-12
 
 
+@all_engines
 @pytest.mark.parametrize("kind", KINDS)
-def test_nobody_drawn_gives_zeros_without_a_forward_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(kind, torch.float32)
+def test_nobody_drawn_gives_zeros_without_a_forward_pass(
+    makes: MakesEngine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(kind, torch.float32, makes=makes)
     batch = batch_of(kind, torch.float32, patients=1, studies=2, seed=0)
     module = part_of(kind, torch.float32).module
 
@@ -243,9 +268,10 @@ def test_nobody_drawn_gives_zeros_without_a_forward_pass(kind: str, monkeypatch:
         assert torch.equal(value, torch.zeros_like(trained[name]))
 
 
-def test_weights_loaded_later_are_the_ones_differentiated() -> None:
+@all_engines
+def test_weights_loaded_later_are_the_ones_differentiated(makes: MakesEngine) -> None:
     part = trainable_part(micro_encoder(), "heads", lora_rank=1)
-    engine = VmapEngine(part.module, loss_with(torch.float32))
+    engine = makes(part.module, loss_with(torch.float32))
     batch = batch_of("heads", torch.float32, patients=2, studies=1, seed=0)
     first = engine.clipped_sum(batch, max_grad_norm=1.0)
     part.load({name: value[::-1].copy() for name, value in part.arrays().items()})
@@ -255,6 +281,7 @@ def test_weights_loaded_later_are_the_ones_differentiated() -> None:
 # --- one patient moves it by at most the bound --------------------------------------------------------------
 
 
+@all_engines
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=10, deadline=None)
 @given(
@@ -263,18 +290,21 @@ def test_weights_loaded_later_are_the_ones_differentiated() -> None:
     seed=st.integers(0, 10**6),
 )
 def test_one_patient_moves_the_sum_by_at_most_the_bound(
-    kind: str, ratios: list[float], bound: float, seed: int
+    makes: MakesEngine, kind: str, ratios: list[float], bound: float, seed: int
 ) -> None:
-    engine = engine_of(kind, torch.float64)
+    engine = engine_of(kind, torch.float64, makes=makes)
     batch = batch_of(kind, torch.float64, patients=len(ratios), studies=2, seed=seed)
     at_ratios(batch, [norm(raw) for raw in autograd_loop(kind, torch.float64, batch)], ratios, bound)
     assert largest_change(engine, batch, bound) <= 1 + 1e-9
 
 
+@all_engines
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_do_duplicates_beside_an_outlier_however_large(kind: str, dtype: torch.dtype) -> None:
-    engine = engine_of(kind, dtype)
+def test_nor_do_duplicates_beside_an_outlier_however_large(
+    makes: MakesEngine, kind: str, dtype: torch.dtype
+) -> None:
+    engine = engine_of(kind, dtype, makes=makes)
     batch = duplicates_and_an_outlier(kind, dtype)
     for loudness in (1.0, 1e6, 1e30):
         louder = {**batch, "weights": batch["weights"] * loudness}
@@ -282,12 +312,13 @@ def test_nor_do_duplicates_beside_an_outlier_however_large(kind: str, dtype: tor
         assert largest_change(engine, louder, 0.1) == pytest.approx(1, abs=slack)
 
 
+@all_engines
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_patient_without_a_finite_gradient_counts_as_zero_and_poisons_nobody(
-    kind: str, value: float
+    makes: MakesEngine, kind: str, value: float
 ) -> None:
-    engine = engine_of(kind, torch.float32)
+    engine = engine_of(kind, torch.float32, makes=makes)
     batch = batch_of(kind, torch.float32, patients=4, studies=2, seed=4)
     batch["weights"][2] = value
     found = engine.clipped_sum(batch, max_grad_norm=0.1)
@@ -296,9 +327,10 @@ def test_a_patient_without_a_finite_gradient_counts_as_zero_and_poisons_nobody(
     assert difference(found, others) <= (0.1 * (1 + 1e-5) if value == 1e38 else 1e-6)
 
 
+@all_engines
 @pytest.mark.parametrize("value", NOT_FINITE)
-def test_nor_does_a_patient_whose_inputs_are_not_finite(value: float) -> None:
-    engine = engine_of("heads", torch.float32)
+def test_nor_does_a_patient_whose_inputs_are_not_finite(makes: MakesEngine, value: float) -> None:
+    engine = engine_of("heads", torch.float32, makes=makes)
     batch = batch_of("heads", torch.float32, patients=4, studies=2, seed=4)
     batch["images"][1, 0, 3] = value
     found = engine.clipped_sum(batch, max_grad_norm=0.1)
@@ -478,12 +510,13 @@ class WithBatchNorm(nn.Module):
         return self.stem(images), texts
 
 
+@all_engines
 @pytest.mark.parametrize("trained", [True, False])
-def test_batch_norm_is_refused_by_name_even_when_frozen(trained: bool) -> None:
+def test_batch_norm_is_refused_by_name_even_when_frozen(makes: MakesEngine, trained: bool) -> None:
     module = WithBatchNorm()
     module.stem[1].requires_grad_(trained)
     with pytest.raises(UnsoundTraining, match=r"layer 'stem\.1' is BatchNorm1d: .* GroupNorm or LayerNorm"):
-        VmapEngine(module, loss_with(torch.float32))
+        makes(module, loss_with(torch.float32))
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(2), nn.SyncBatchNorm(2)])
@@ -497,15 +530,17 @@ def test_layers_that_keep_rows_apart_are_accepted(layer: nn.Module) -> None:
     refuse_batch_statistics(nn.Sequential(layer))
 
 
-def test_nothing_to_train_is_refused() -> None:
+@all_engines
+def test_nothing_to_train_is_refused(makes: MakesEngine) -> None:
     part = trainable_part(micro_encoder(), "heads", lora_rank=1)
     part.module.requires_grad_(False)
     with pytest.raises(UnsoundTraining, match="no parameter of the module requires a gradient"):
-        VmapEngine(part.module, loss_with(torch.float32))
+        makes(part.module, loss_with(torch.float32))
 
 
+@all_engines
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.nan])
-def test_a_bound_that_is_none_is_refused(bound: float) -> None:
+def test_a_bound_that_is_none_is_refused(makes: MakesEngine, bound: float) -> None:
     batch = batch_of("heads", torch.float32, patients=1, studies=1, seed=0)
     with pytest.raises(UnsoundTraining, match=r"expected max_grad_norm=.* > 0"):
-        engine_of("heads", torch.float32).clipped_sum(batch, max_grad_norm=bound)
+        engine_of("heads", torch.float32, makes=makes).clipped_sum(batch, max_grad_norm=bound)
