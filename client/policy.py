@@ -15,7 +15,7 @@ from client.own_code import code_digest
 from client.site import SITE_FILE, Site
 from privacy.accounting import noise_multiplier_for
 from privacy.errors import NoiseOutOfRange
-from privacy.mechanism import AnchoredDpSgd, Mechanism
+from privacy.mechanism import AnchoredDpSgd, Mechanism, MicrobatchDpSgd
 from strategies.messages import (
     RefusalCode,
     Release,
@@ -24,7 +24,10 @@ from strategies.messages import (
     bytes_of,
 )
 
-CLAIMABLE = {"anchored"}  # objectives whose sensitivity a mechanism knows
+# Objectives whose sensitivity a mechanism knows.
+CLAIMABLE: dict[str, type[AnchoredDpSgd] | type[MicrobatchDpSgd]] = {
+    mechanism.kind: mechanism for mechanism in (AnchoredDpSgd, MicrobatchDpSgd)
+}
 Rules = dict[str, tuple[bool, str]]
 
 
@@ -125,6 +128,9 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
         "with privacy a round depends on nothing but its request: no optimizer is kept": (
             private and plan.keep_optimizer
         ),
+        "optimizer 'dp-adambc' subtracts noise, and without privacy there is none: use adamw": (
+            not private and plan.optimizer == "dp-adambc"
+        ),
         "a plan with privacy names an epsilon": private and plan.epsilon is None,
         "round is past the plan's last": request.server_round > plan.rounds,
     }
@@ -184,7 +190,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     least = policy.min_noise_multiplier
     reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
     _apply({"min-noise-multiplier": (noise_multiplier < least, reason)})
-    return AnchoredDpSgd(
+    return CLAIMABLE[plan.objective](
         max_grad_norm=plan.max_grad_norm,
         noise_multiplier=noise_multiplier,
         sample_rate=sample_rate,

@@ -11,11 +11,13 @@ from typing import Literal
 
 import torch
 
+from client.batches import TrainingData
+from client.objectives import Anchors
 from client.site import packed_cohort
-from client.training import Anchors, OptimizerState, TrainingData
+from client.training import OptimizerState
 from encoders.clip import ClipEncoder
 from encoders.fitting import Pairs
-from encoders.objectives import same_meaning
+from encoders.objectives import same_meaning, soft_positives, text_similarity
 from encoders.parts import TrainablePart, trainable_part
 from strategies.bundles import BundleStore
 from strategies.messages import Part, PublicBundle
@@ -49,14 +51,30 @@ def part_of(installed: InstalledBundle, part: Part, lora_rank: int, device: str)
 
 
 @lru_cache(maxsize=64)
-def training_data(folder: Path, part: TrainablePart, anchor_texts: tuple[str, ...]) -> TrainingData:
-    """The training patients of the site in ``folder`` as inputs of ``part``."""
+def training_data(
+    folder: Path, part: TrainablePart, anchor_texts: tuple[str, ...], soft_from: float | None = None
+) -> TrainingData:
+    """The training patients of the site in ``folder`` as inputs of ``part``.
+
+    Args:
+        folder: The site's.
+        part: Whose inputs are made.
+        anchor_texts: The public bank.
+        soft_from: Anchors from this similarity on are positives to a degree; None: those that say the same
+            as a pair are left out for it.
+    """
     cohort = packed_cohort(folder)
     rows = cohort.train()
     texts = [cohort.texts[row] for row in rows]
     pairs = Pairs.of(part, cohort.images[rows], texts)
-    masked = torch.from_numpy(same_meaning(texts, anchor_texts)).to(pairs.images.device)
-    return TrainingData(pairs=pairs, patients=cohort.patients[rows], masked=masked)
+    device, patients = pairs.images.device, cohort.patients[rows]
+    if soft_from is None:
+        masked = torch.from_numpy(same_meaning(texts, anchor_texts)).to(device)
+        return TrainingData(pairs=pairs, patients=patients, masked=masked)
+    degrees = soft_positives(text_similarity(texts, anchor_texts), least=soft_from)
+    positives = torch.from_numpy(degrees).to(device)
+    nobody = torch.zeros_like(positives, dtype=torch.bool)
+    return TrainingData(pairs=pairs, patients=patients, masked=nobody, positives=positives)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Contrastive losses. Two decompose over pairs and may carry a privacy claim, the third may not."""
+"""Contrastive losses: what decomposes over pairs or groups may carry a privacy claim, InfoNCE may not."""
 
 import re
 from collections import Counter
@@ -154,6 +154,34 @@ def infonce_loss(
     per_image = candidates.logsumexp(1) - (targets * logits).sum(1) / targets.sum(1)
     per_text = candidates.logsumexp(0) - (targets * logits).sum(0) / targets.sum(0)
     return 0.5 * (per_image.mean() + per_text.mean())
+
+
+def grouped_infonce_loss(
+    image_embeddings: Tensor, text_embeddings: Tensor, *, negatives: Tensor, inverse_temperature: float
+) -> Tensor:
+    """CLIP's symmetric loss inside each of G groups that never see each other.
+
+    Guarantees:
+        Element (g, i) depends on group g alone. It depends on the whole of that group: what is clipped is a
+        group's gradient, and a patient moves the sum of those by up to twice the bound.
+
+    Args:
+        image_embeddings: Unit vectors, shape (G, S, D).
+        text_embeddings: Unit vectors, shape (G, S, D).
+        negatives: Boolean (G, S, S): pair j is a negative for pair i of the group.
+        inverse_temperature: s = 1 / temperature.
+
+    Returns:
+        Loss of each pair, shape (G, S); 0 without negatives.
+
+    Source:
+        Radford et al. (2021), figure 3, on each group.
+    """
+    logits = inverse_temperature * image_embeddings @ text_embeddings.transpose(-1, -2)
+    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    candidates = logits.masked_fill(~(negatives | itself), -torch.inf)
+    own = logits.diagonal(dim1=-2, dim2=-1)
+    return 0.5 * (candidates.logsumexp(-1) + candidates.logsumexp(-2)) - own
 
 
 def text_similarity(texts: Sequence[str], anchors: Sequence[str]) -> NDArray[np.float32]:

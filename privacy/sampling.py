@@ -1,4 +1,4 @@
-"""Who takes part in a step: every patient by an independent coin, as the accountant assumes."""
+"""Who takes part in a step, and in which group: independent coins, as the accountant assumes."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,3 +31,29 @@ def poisson_sample(
     if not 0 < sample_rate <= 1:
         raise ValueError(f"expected {sample_rate=} in (0, 1]")
     return np.flatnonzero(generator.random(population) < sample_rate)
+
+
+def uniform_groups(generator: np.random.Generator, *, members: int, groups: int) -> NDArray[np.intp]:
+    """Draw the group of each member of one step.
+
+    Guarantees:
+        Each member's group is uniform and independent of all others, of their number and of earlier draws: a
+        member who leaves changes nobody else's. (A shuffled batch cut into chunks has no such property: who
+        leaves displaces others, and two groups change.)
+
+    Args:
+        generator: Source of the draws.
+        members: Number of drawn patients, >= 0.
+        groups: M >= 1, a public constant.
+
+    Returns:
+        A group in [0, M) for each member, shape (members,).
+
+    Raises:
+        ValueError: ``members`` or ``groups`` is out of its range.
+    """
+    if members < 0:
+        raise ValueError(f"expected {members=} >= 0")
+    if groups < 1:
+        raise ValueError(f"expected {groups=} >= 1")
+    return generator.integers(0, groups, size=members, dtype=np.intp)

@@ -5,7 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from strategies.messages import Part, TrainingPlan
+from strategies.messages import Objective as ObjectiveName
+from strategies.messages import OptimizerName, Part, TrainingPlan
 from strategies.settings import PairSource, Settings
 
 
@@ -45,11 +46,26 @@ class Share(Settings):
 
 
 class Objective(Settings):
-    """The loss: ``anchored`` (decomposes over patients, so it may claim an epsilon) or ``infonce``."""
+    """The loss.
 
-    name: Literal["anchored", "infonce"] = "anchored"
+    Attributes:
+        name: ``anchored`` decomposes over patients, so it may claim an epsilon; ``microbatch`` over random
+            groups of patients, so it may too, with twice the noise; ``infonce`` may not.
+        form: Of the anchored loss: softmax (one choice among partner and anchors) or sigmoid (a yes or no
+            for each of them).
+        logit_bias: b of the sigmoid form; about -log(anchors) lets partner and anchors weigh alike at first.
+        soft_positives: Anchors whose text is at least so similar to a pair's (cosine of word counts) are
+            partly right for it; without, those that say the same are left out.
+        groups: Of microbatch; batch / groups patients are expected in one.
+    """
+
+    name: ObjectiveName = "anchored"
     inverse_temperature: float = Field(default=14.3, gt=0, le=100)
     anchors: int = Field(default=256, ge=1)
+    form: Literal["softmax", "sigmoid"] = "softmax"
+    logit_bias: float = Field(default=-5.0, allow_inf_nan=False)
+    soft_positives: float | None = Field(default=None, ge=0, lt=0.9)
+    groups: int = Field(default=16, ge=1)
 
 
 class Privacy(Settings):
@@ -79,6 +95,8 @@ class Training(Settings):
         epochs: Instead of ``steps``, passes over the site's own pairs; only without privacy.
         keep_optimizer: Sites go on with their optimizer's state between rounds; only without privacy.
         schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
+        optimizer: ``sgd``, ``adamw``, or ``dp-adambc``, an Adam that knows the noise in its gradients; that
+            one only with privacy.
     """
 
     rounds: int = Field(default=10, ge=1)
@@ -89,6 +107,7 @@ class Training(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     keep_optimizer: bool = False
+    optimizer: OptimizerName = "adamw"
     studies_per_patient: int = Field(default=2, ge=1, le=64)
     augment: bool = False
     seed: int = Field(default=0, ge=0)
@@ -176,7 +195,11 @@ class Federation(Settings):
                 "objective.name 'infonce' couples the patients of a batch, so no epsilon can be claimed "
                 "for it; use objective.name = 'anchored', or privacy.mode = 'none' and no claim"
             )
-        if self.privacy.mode == "none" and self.objective.name == "anchored":
+        if self.privacy.mode == "none" and self.training.optimizer == "dp-adambc":
+            raise ValueError(
+                "training.optimizer 'dp-adambc' subtracts noise, and privacy.mode = 'none' adds none"
+            )
+        if self.privacy.mode == "none" and self.objective.name != "infonce":
             raise ValueError("without privacy every site trains objective.name = 'infonce': set it")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
             raise ValueError("training.epochs would tell a site's size: with privacy, say training.steps")
@@ -225,6 +248,10 @@ class Federation(Settings):
             objective=self.objective.name,
             inverse_temperature=self.objective.inverse_temperature,
             anchors=self.objective.anchors,
+            loss=self.objective.form,
+            logit_bias=self.objective.logit_bias,
+            soft_positives=self.objective.soft_positives,
+            groups=self.objective.groups,
             privacy=self.privacy.mode,
             epsilon=self.privacy.epsilon,
             max_grad_norm=self.privacy.max_grad_norm,
@@ -236,6 +263,7 @@ class Federation(Settings):
             weight_decay=self.training.weight_decay,
             schedule=self.training.schedule,
             keep_optimizer=self.training.keep_optimizer,
+            optimizer=self.training.optimizer,
             studies_per_patient=self.training.studies_per_patient,
             augment=self.training.augment,
             seed=self.training.seed,
