@@ -9,21 +9,25 @@ import numpy as np
 import torch
 
 from client.cohort import Cohort, CohortSettings, build_cohort
+from client.cohort.text import training_text
+from clipward.synthetic.pairs import synthetic_pairs
+from encoders.clip import ClipEncoder
 from encoders.fitting import Pairs, fit_infonce
 from encoders.parts import trainable_part
+from server.banks import PublicAnchors
 from server.evaluation import EvaluationSet
-from server.federation import Federation, PublicData, PublicStart
+from server.federation import AnchorSource, Federation, PublicData, PublicStart
 from server.start import (
     Prepared,
     build_encoder,
+    bundle_of,
     load_prepared,
-    prepare_from_settings,
     save_prepared,
     start_folder,
 )
-from strategies.messages import PublicBundle
 
 PACKED_PIXELS = 128
+SYNTHETIC_SEED = 0
 WARM_UP = 0.1
 
 Progress = Callable[[str, int, int], None]
@@ -48,10 +52,15 @@ def prepare_start(federation: Federation, *, cache: Path, on_progress: Progress 
     kept = load_prepared(folder)
     if kept is not None and kept.source == source:
         return kept
-    made = prepare_from_settings(federation)
-    bundle = made.bundle
+    encoder = build_encoder(federation)
+    rng = np.random.default_rng(federation.model.seed)
+    sources: dict[AnchorSource, PublicAnchors] = {}
     if public is not None and federation.public_start is not None:
-        bundle = _trained(federation, federation.public_start, public, tell)
+        _train(encoder, federation, federation.public_start, public, rng, tell)
+        sources["public"] = _public_anchors(encoder, public, federation.objective.anchors, rng)
+    if "synthetic" in federation.anchor_sources:
+        sources["synthetic"] = _synthetic_anchors(encoder, federation.objective.anchors, tell)
+    bundle = bundle_of(federation, encoder, prepared=sources)
     evaluation = None if measured is None else evaluation_set(measured, np.arange(len(measured)))
     prepared = Prepared(bundle=bundle, public_start=public is not None, source=source, evaluation=evaluation)
     save_prepared(folder, prepared)
@@ -86,11 +95,15 @@ def _packed(data: PublicData | None, folder: Path, tell: Progress) -> Cohort | N
     )
 
 
-def _trained(federation: Federation, start: PublicStart, cohort: Cohort, tell: Progress) -> PublicBundle:
-    encoder = build_encoder(federation)
+def _train(
+    encoder: ClipEncoder,
+    federation: Federation,
+    start: PublicStart,
+    cohort: Cohort,
+    rng: np.random.Generator,
+    tell: Progress,
+) -> None:
     part = trainable_part(encoder, "full", lora_rank=1)
-    rng = np.random.default_rng(federation.model.seed)
-    images = encoder.preprocessing.resize(cohort.images)
     texts = list(cohort.texts)
     steps = max(1, start.epochs * round(len(texts) / start.batch))
     optimizer = torch.optim.AdamW(part.parameters().values(), lr=start.learning_rate, weight_decay=0.05)
@@ -105,7 +118,7 @@ def _trained(federation: Federation, start: PublicStart, cohort: Cohort, tell: P
 
     fit_infonce(
         part,
-        Pairs.of(part, images, texts),
+        Pairs.of(part, encoder.preprocessing.resize(cohort.images), texts),
         optimizer=optimizer,
         steps=steps,
         batch=start.batch,
@@ -114,19 +127,29 @@ def _trained(federation: Federation, start: PublicStart, cohort: Cohort, tell: P
         rng=rng,
         on_step=stepped,
     )
-    anchors = _anchor_rows(texts, federation.objective.anchors, rng)
-    return PublicBundle(
-        model=encoder.describe(),
-        weights=encoder.weights(),
-        anchor_texts=tuple(texts[row] for row in anchors),
-        anchor_images=images[anchors],
+
+
+def _public_anchors(
+    encoder: ClipEncoder, cohort: Cohort, count: int, rng: np.random.Generator
+) -> PublicAnchors:
+    """At most ``count`` public pairs, each text once."""
+    texts = cohort.texts
+    distinct = {texts[row].lower(): int(row) for row in rng.permutation(len(texts))}
+    rows = list(distinct.values())[:count]
+    return PublicAnchors(
+        texts=tuple(texts[row] for row in rows), images=encoder.preprocessing.resize(cohort.images[rows])
     )
 
 
-def _anchor_rows(texts: list[str], count: int, rng: np.random.Generator) -> list[int]:
-    """Rows of at most ``count`` public pairs, each text once."""
-    rows = {texts[row].lower(): int(row) for row in rng.permutation(len(texts))}
-    return list(rows.values())[:count]
+def _synthetic_anchors(encoder: ClipEncoder, count: int, tell: Progress) -> PublicAnchors:
+    images, reports = synthetic_pairs(
+        count,
+        seed=SYNTHETIC_SEED,
+        on_progress=lambda done, total: tell("draw synthetic anchors", done, total),
+    )
+    return PublicAnchors(
+        texts=tuple(training_text(report) for report in reports), images=encoder.preprocessing.resize(images)
+    )
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -45,12 +45,21 @@ class Share(Settings):
     lora_rank: int = Field(default=4, ge=1)
 
 
+AnchorSource = Literal["public", "prompts", "synthetic", "noise"]
+TEXT_SOURCES: frozenset[AnchorSource] = frozenset({"public", "prompts", "synthetic"})
+IMAGE_SOURCES: frozenset[AnchorSource] = frozenset({"public", "synthetic", "noise"})
+
+
 class Objective(Settings):
     """The loss.
 
     Attributes:
         name: ``anchored`` decomposes over patients, so it may claim an epsilon; ``microbatch`` over random
             groups of patients, so it may too, with twice the noise; ``infonce`` may not.
+        anchors: At most so many texts and as many images every patient is contrasted with.
+        anchors_from: Where they come from, in turn: ``public`` pairs of the public start, label ``prompts``
+            (texts), ``synthetic`` pairs of phantoms and their reports, ``noise`` (images). Without it public
+            pairs if there are any, else prompts and noise.
         form: Of the anchored loss: softmax (one choice among partner and anchors) or sigmoid (a yes or no
             for each of them).
         logit_bias: b of the sigmoid form; about -log(anchors) lets partner and anchors weigh alike at first.
@@ -62,10 +71,25 @@ class Objective(Settings):
     name: ObjectiveName = "anchored"
     inverse_temperature: float = Field(default=14.3, gt=0, le=100)
     anchors: int = Field(default=256, ge=1)
+    anchors_from: tuple[AnchorSource, ...] | None = None
     form: Literal["softmax", "sigmoid"] = "softmax"
     logit_bias: float = Field(default=-5.0, allow_inf_nan=False)
     soft_positives: float | None = Field(default=None, ge=0, lt=0.9)
     groups: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _both_sides_have_anchors(self) -> Self:
+        sources = self.anchors_from
+        if sources is None:
+            return self
+        if len(set(sources)) < len(sources):
+            raise ValueError("anchors-from names a source twice")
+        if not TEXT_SOURCES & set(sources) or not IMAGE_SOURCES & set(sources):
+            raise ValueError(
+                "anchors-from needs a source of texts (public, prompts or synthetic) and one of images "
+                "(public, synthetic or noise)"
+            )
+        return self
 
 
 class Privacy(Settings):
@@ -201,11 +225,20 @@ class Federation(Settings):
             )
         if self.privacy.mode == "none" and self.objective.name != "infonce":
             raise ValueError("without privacy every site trains objective.name = 'infonce': set it")
+        if "public" in self.anchor_sources and self.public_start is None:
+            raise ValueError("objective.anchors-from 'public' takes them from public-start: name its data")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
             raise ValueError("training.epochs would tell a site's size: with privacy, say training.steps")
         if self.privacy.mode == "dp" and self.training.keep_optimizer:
             raise ValueError("training.keep-optimizer is only for privacy.mode = 'none'")
         return self
+
+    @property
+    def anchor_sources(self) -> tuple[AnchorSource, ...]:
+        """Where the anchors come from, in turn."""
+        if self.objective.anchors_from is not None:
+            return self.objective.anchors_from
+        return ("prompts", "noise") if self.public_start is None else ("public",)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -3,23 +3,21 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from encoders.clip import ClipEncoder, build
 from encoders.parts import TrainablePart, trainable_part
+from server.banks import PublicAnchors, anchor_bank, label_prompts, noise_images
 from server.errors import RunError
 from server.evaluation import EvaluationSet, evaluator
-from server.federation import Federation
+from server.federation import AnchorSource, Federation
 from server.rounds import Evaluate, Start
 from strategies.bundles import BundleStore
 from strategies.files import sync, write_text
 from strategies.messages import PublicBundle
-from tasks.prompts import PROMPTS
 
 VERSION = 1
 STARTS = ".starts"  # beside the runs
@@ -51,7 +49,7 @@ def start_folder(federation: Federation, cache: Path) -> Path:
             "model": True,
             "public_start": True,
             "evaluation": {"data"},
-            "objective": {"inverse_temperature", "anchors"},
+            "objective": {"inverse_temperature", "anchors", "anchors_from"},
         },
     )
     if encoder.is_dir():  # a model trained on under the same name is another start
@@ -97,13 +95,34 @@ def load_prepared(folder: Path) -> Prepared | None:
 
 
 def prepare_from_settings(federation: Federation) -> Prepared:
-    """A start without public data: initial or loaded weights, prompts and noise images as anchors."""
-    encoder = build_encoder(federation)
-    texts, images = prompt_anchors(federation.objective.anchors, size=encoder.preprocessing.image_size)
-    bundle = PublicBundle(
-        model=encoder.describe(), weights=encoder.weights(), anchor_texts=texts, anchor_images=images
-    )
+    """A start that needs no public data: initial or loaded weights, anchors made from the settings.
+
+    Raises:
+        RunError: the file takes anchors from a source that must be prepared.
+    """
+    bundle = bundle_of(federation, build_encoder(federation), prepared={})
     return Prepared(bundle=bundle, public_start=False, source="", evaluation=None)
+
+
+def bundle_of(
+    federation: Federation, encoder: ClipEncoder, *, prepared: Mapping[AnchorSource, PublicAnchors]
+) -> PublicBundle:
+    """Model and anchor bank; ``prepared`` holds the sources that the settings alone cannot make.
+
+    Raises:
+        RunError: a source of the federation's anchors is not there.
+    """
+    count, size = federation.objective.anchors, encoder.preprocessing.image_size
+    sources = {"prompts": label_prompts(), "noise": noise_images(count, size=size), **prepared}
+    if missing := [name for name in federation.anchor_sources if name not in sources]:
+        raise RunError(f"anchors from {missing[0]!r} must be prepared: run 'clipward start' with this file")
+    bank = anchor_bank([sources[name] for name in federation.anchor_sources], count=count)
+    return PublicBundle(
+        model=encoder.describe(),
+        weights=encoder.weights(),
+        anchor_texts=bank.texts,
+        anchor_images=bank.images,
+    )
 
 
 def build_encoder(federation: Federation) -> ClipEncoder:
@@ -118,10 +137,10 @@ def build_encoder(federation: Federation) -> ClipEncoder:
 
 
 def prepared_start(federation: Federation, *, cache: Path) -> Prepared:
-    """The start kept for this federation, or one that needs no public data.
+    """The start kept for this federation, or one that needs no preparation.
 
     Raises:
-        RunError: the file names public data, and nobody has prepared the start from it.
+        RunError: the file names public data or synthetic anchors, and nobody has prepared the start.
     """
     prepared = load_prepared(start_folder(federation, cache))
     if prepared is not None:
@@ -151,13 +170,3 @@ def evaluator_of(federation: Federation, prepared: Prepared) -> Evaluate | None:
     if prepared.evaluation is None:
         return None
     return evaluator(part_of(federation, prepared.bundle), prepared.evaluation)
-
-
-def prompt_anchors(count: int, *, size: int) -> tuple[tuple[str, ...], NDArray[np.uint8]]:
-    """At most ``count`` sentences about findings, and as many noise images, uint8 (K, size, size)."""
-    pairs = PROMPTS.values()
-    texts = tuple(dict.fromkeys(text for pair in pairs for text in (*pair.positive, *pair.negative)))[:count]
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, size=(len(texts), 8, 8), dtype=np.uint8)
-    repeat = -(-size // 8)
-    return texts, np.kron(coarse, np.ones((1, repeat, repeat), dtype=np.uint8))[:, :size, :size]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from client.cohort import EmptyCohortError
 from clipward.public_start import prepare_start
+from server.banks import label_prompts
 from server.federation import Federation
 from server.start import Prepared, start_folder
 from tests.small_hospitals import federation
@@ -131,3 +132,25 @@ def test_public_data_without_a_usable_pair_are_refused(root: Path) -> None:
         image.unlink()
     with pytest.raises(EmptyCohortError, match="no usable pair among 12 inputs"):
         prepared(asked(root), root)
+
+
+def test_anchors_come_from_synthetic_pairs_without_any_data(root: Path) -> None:
+    asked = federation(root, objective={"anchors": 6, "anchors-from": ["synthetic", "prompts"]})
+    made, done = prepared(asked, root)
+    assert done == ["draw synthetic anchors"]
+    assert len(made.bundle.anchor_texts) == 6
+    assert made.bundle.anchor_texts[1] == label_prompts().texts[0]
+    assert all("\n" not in text for text in made.bundle.anchor_texts)
+    assert made.bundle.anchor_images.shape == (6, 32, 32)
+    assert np.std(made.bundle.anchor_images, axis=0).mean() > 1
+    again, done = prepared(asked, root)
+    assert done == []
+    assert again.bundle.digest == made.bundle.digest
+
+
+def test_public_pairs_may_share_the_bank_with_prompts(root: Path) -> None:
+    made, _ = prepared(asked(root, objective={"anchors": 6, "anchors-from": ["prompts", "public"]}), root)
+    texts, public = made.bundle.anchor_texts, prepared(asked(root), root)[0].bundle
+    assert texts[::2] == label_prompts().texts[:3]
+    assert texts[1::2] == public.anchor_texts[:3]
+    assert np.array_equal(made.bundle.anchor_images, public.anchor_images[:6])

@@ -33,6 +33,10 @@ lora-rank = 7
 [objective]
 inverse-temperature = 20.0
 anchors = 32
+form = "sigmoid"
+logit-bias = -3.0
+soft-positives = 0.5
+groups = 9
 [privacy]
 epsilon = 2.5
 max-grad-norm = 0.5
@@ -42,6 +46,7 @@ steps = 13
 batch = 17
 learning-rate = 0.25
 weight-decay = 0.125
+optimizer = "dp-adambc"
 studies-per-patient = 3
 augment = true
 seed = 19
@@ -53,6 +58,10 @@ seed = 19
         objective="anchored",
         inverse_temperature=20.0,
         anchors=32,
+        loss="sigmoid",
+        logit_bias=-3.0,
+        soft_positives=0.5,
+        groups=9,
         privacy="dp",
         epsilon=2.5,
         max_grad_norm=0.5,
@@ -61,6 +70,7 @@ seed = 19
         batch=17,
         learning_rate=0.25,
         weight_decay=0.125,
+        optimizer="dp-adambc",
         studies_per_patient=3,
         augment=True,
         seed=19,
@@ -98,6 +108,21 @@ def test_an_absolute_path_stays(tmp_path: Path) -> None:
         ({"training": {"keep-optimizer": True}}, "training.keep-optimizer is only for privacy.mode = 'none'"),
         ({"training": {"epochs": 1}}, "training.epochs would tell a site's size"),
         ({"objective": {"name": "infonce"}}, "couples the patients of a batch, so no epsilon can be claimed"),
+        ({"objective": {"form": "hinge"}}, "'softmax' or 'sigmoid'"),
+        ({"objective": {"groups": 0}}, "greater than or equal to 1"),
+        ({"objective": {"soft-positives": 0.9}}, "less than 0.9"),
+        (
+            {"privacy": {"mode": "none"}, "objective": {"name": "microbatch"}},
+            "trains objective.name = 'infonce'",
+        ),
+        (
+            {
+                "privacy": {"mode": "none"},
+                "objective": {"name": "infonce"},
+                "training": {"optimizer": "dp-adambc"},
+            },
+            "training.optimizer 'dp-adambc' subtracts noise",
+        ),
         ({"privacy": {}}, 'mode "dp" needs epsilon'),
         ({"privacy": {"mode": "none", "epsilon": 1.0}}, 'mode "none" has none'),
         ({"privacy": {"epsilon": 0}}, "greater than 0"),
@@ -121,3 +146,43 @@ def test_what_cannot_be_meant_is_refused(change: dict[str, Any], text: str) -> N
 def test_infonce_is_allowed_without_a_claim() -> None:
     document = {"version": 1, "name": "d", "privacy": {"mode": "none"}, "objective": {"name": "infonce"}}
     assert Federation.parse(document, source="f").plan().epsilon is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ("", ("prompts", "noise")),
+        ('[objective]\nanchors-from = ["synthetic"]\n', ("synthetic",)),
+        (
+            '[objective]\nanchors-from = ["noise", "public", "prompts"]\n[public-start]\ntable = "t.csv"\n',
+            ("noise", "public", "prompts"),
+        ),
+        ('[public-start]\ntable = "t.csv"\n', ("public",)),
+    ],
+)
+def test_anchors_come_from_what_the_file_names_or_what_there_is(
+    objective: str, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert load(tmp_path, MINIMAL + objective).anchor_sources == expected
+
+
+@pytest.mark.parametrize(
+    ("sources", "text"),
+    [
+        ("[]", "needs a source of texts"),
+        ('["noise"]', r"needs a source of texts \(public, prompts or synthetic\)"),
+        ('["prompts"]', r"and one of images \(public, synthetic or noise\)"),
+        ('["synthetic", "synthetic"]', "names a source twice"),
+        ('["public"]', "'public' takes them from public-start: name its data"),
+        ('["queue"]', "'public', 'prompts', 'synthetic' or 'noise'"),
+    ],
+)
+def test_anchors_from_sources_that_make_no_bank_are_refused(sources: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=text):
+        load(tmp_path, MINIMAL + f"[objective]\nanchors-from = {sources}\n")
+
+
+def test_microbatch_may_claim_an_epsilon() -> None:
+    document = {"version": 1, "name": "d", "privacy": {"epsilon": 3.0}, "objective": {"name": "microbatch"}}
+    plan = Federation.parse(document, source="f").plan()
+    assert (plan.objective, plan.groups, plan.epsilon) == ("microbatch", 16, 3.0)

@@ -6,22 +6,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from server.banks import PublicAnchors, label_prompts, noise_images
 from server.errors import RunError
 from server.evaluation import EvaluationSet
 from server.federation import Federation
 from server.start import (
     Prepared,
+    build_encoder,
+    bundle_of,
     evaluator_of,
     load_prepared,
     prepare_from_settings,
     prepared_start,
-    prompt_anchors,
     save_prepared,
     start_folder,
     start_of,
 )
 from strategies.bundles import BundleMissing
-from tasks.prompts import PROMPTS
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
 from tests.small_hospitals import bundle, federation
 
@@ -51,6 +52,7 @@ def test_runs_share_a_start_unless_model_anchors_or_public_data_differ(root: Pat
         folder(),
         folder(model={"seed": 1}),
         folder(objective={"anchors": 7}),
+        folder(objective={"anchors-from": ["noise", "prompts"]}),
         folder(objective={"inverse-temperature": 9.0}),
         folder(public_start=public),
         folder(public_start={**public, "epochs": 3}),
@@ -178,13 +180,24 @@ def test_the_settings_alone_decide_the_tiny_model() -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("size", [16, 30, 33])
-def test_prompts_and_noise_images_stand_in_for_public_anchors(size: int) -> None:
-    texts, images = prompt_anchors(10_000, size=size)
-    assert len(texts) == len(set(texts)) == len(images) > len(PROMPTS)
-    assert images.shape[1:] == (size, size)
-    assert images.dtype == np.uint8
-    few_texts, few_images = prompt_anchors(3, size=size)
-    assert few_texts == texts[:3]
-    assert len(few_images) == 3
-    assert np.array_equal(prompt_anchors(3, size=size)[1], few_images)
+def test_without_public_data_the_anchors_are_prompts_and_noise() -> None:
+    made = prepare_from_settings(tiny(objective={"anchors": 9})).bundle
+    assert made.anchor_texts == label_prompts().texts[:9]
+    assert np.array_equal(made.anchor_images, noise_images(9, size=32).images)
+
+
+def test_prepared_sources_and_those_of_the_settings_take_turns() -> None:
+    asked = tiny(objective={"anchors": 4, "anchors-from": ["prompts", "synthetic"]})
+    given = PublicAnchors(texts=("one", "two"), images=random_images(5))
+    made = bundle_of(asked, build_encoder(asked), prepared={"synthetic": given})
+    first, second = label_prompts().texts[:2]
+    assert made.anchor_texts == (first, "one", second, "two")
+    assert np.array_equal(made.anchor_images, given.images[:4])
+
+
+def test_synthetic_anchors_must_be_prepared_first(tmp_path: Path) -> None:
+    asked = tiny(objective={"anchors-from": ["synthetic"]})
+    with pytest.raises(RunError, match=r"anchors from 'synthetic' must be prepared: run 'clipward start'"):
+        prepared_start(asked, cache=tmp_path)
+    save_prepared(start_folder(asked, tmp_path), prepared())
+    assert prepared_start(asked, cache=tmp_path).bundle.digest == bundle().digest
