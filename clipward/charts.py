@@ -38,7 +38,7 @@ def draw_charts(*, rounds: Rows, sites: Rows, findings: Rows) -> dict[str, str |
         SVG elements by name; None where there is nothing to draw.
     """
     with (
-        matplotlib.rc_context({**_STYLE, "svg.hashsalt": "clipward"}),
+        matplotlib.rc_context({**STYLE, "svg.hashsalt": "clipward"}),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # text stays text: the browser draws it
@@ -51,7 +51,7 @@ def draw_charts(*, rounds: Rows, sites: Rows, findings: Rows) -> dict[str, str |
         }
 
 
-_STYLE = {
+STYLE = {
     "axes.edgecolor": RULE,
     "axes.grid": True,
     "axes.grid.axis": "y",

@@ -10,7 +10,13 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
 import privacy.accounting as accounting
-from privacy.accounting import PoissonGaussian, default_delta, epsilon, noise_multiplier_for
+from privacy.accounting import (
+    PoissonGaussian,
+    default_delta,
+    epsilon,
+    noise_multiplier_for,
+    renyi_epsilons,
+)
 from privacy.errors import AccountantDisagreement, NoiseOutOfRange
 
 # sample rate, steps, noise multiplier, delta, epsilon: privacy-loss distribution at grid 1e-3, which a PRV
@@ -76,6 +82,34 @@ def test_published_rows_are_met_to_half_a_percent(
 ) -> None:
     event = mechanism(sample_rate, noise_multiplier, steps)
     assert epsilon([event], delta=delta) == pytest.approx(expected, rel=5e-3)
+
+
+# sample rate, steps, noise multiplier, delta, epsilon by Google's RDP accountant and by Opacus', at the
+# orders that either takes by itself.
+@pytest.mark.parametrize(
+    ("sample_rate", "steps", "noise_multiplier", "delta", "google", "opacus"),
+    [
+        (0.01, 1_000, 0.6, 1e-5, 8.68, 8.67),
+        (0.01, 1_000, 0.8, 1e-6, 4.29, 4.29),
+        (0.01, 10_000, 1.0, 1e-5, 6.71, 6.71),
+        (0.05, 1_000, 1.2, 1e-5, 8.60, 8.59),
+        (0.1, 1_000, 1.0, 1e-5, 27.2, 27.2),
+    ],
+)
+def test_renyi_accountants_meet_their_golden_rows_above_the_promise(
+    sample_rate: float, steps: int, noise_multiplier: float, delta: float, google: float, opacus: float
+) -> None:
+    event = mechanism(sample_rate, noise_multiplier, steps)
+    found = renyi_epsilons([event], delta=delta)
+    assert 0.998 * google <= found["Google RDP"] <= 1.05 * google  # integer orders: a little looser
+    assert found["Opacus RDP"] == pytest.approx(opacus, rel=5e-3)
+    assert epsilon([event], delta=delta) < min(found.values())
+
+
+def test_no_events_cost_nothing_by_renyi_either() -> None:
+    assert set(renyi_epsilons([], delta=1e-5).values()) == {0.0}
+    with pytest.raises(ValueError, match="delta"):
+        renyi_epsilons([], delta=0.0)
 
 
 @pytest.mark.parametrize(
