@@ -174,7 +174,7 @@ class _Pass:
     def spread_ids(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         """Ids (1, L) meant for every row become (B, L)."""
         (ids,) = inputs
-        return (ids.expand(self._rows, *ids.shape[1:]) if len(ids) == 1 else ids,)
+        return (ids.repeat(self._rows, *(1 for _ in ids.shape[1:])) if len(ids) == 1 else ids,)
 
     def give_token(self, layer: nn.Module, token: Tensor) -> nn.Parameter:
         """The class embedding becomes an embedding of one row, asked for by each row of the pass."""
