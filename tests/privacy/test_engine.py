@@ -27,6 +27,7 @@ from privacy.engine import (
     refuse_batch_statistics,
 )
 from privacy.errors import UnsoundTraining
+from privacy.hooks import HooksEngine
 from privacy.vmap import VmapEngine
 from tests.encoders.micro import EMBEDDING, TEXTS, micro_encoder, random_images
 
@@ -97,7 +98,11 @@ def bookkeeping(module: nn.Module, patient_losses: PatientLosses, *, chunk: int 
     return BookKeepingEngine(module, patient_losses, physical_batch=chunk)
 
 
-all_engines = pytest.mark.parametrize("makes", [bookkeeping, VmapEngine])
+def hooks(module: nn.Module, patient_losses: PatientLosses, *, chunk: int = 16) -> ClippingEngine:
+    return HooksEngine(module, patient_losses, physical_batch=chunk)
+
+
+all_engines = pytest.mark.parametrize("makes", [bookkeeping, hooks, VmapEngine])
 
 
 def engine_of(
