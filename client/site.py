@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -132,10 +132,35 @@ class Site:
         Raises:
             LedgerError: the ledger or its key cannot be used; the text says why and what to do.
         """
-        path = self.folder / LEDGER_FILE
-        key = SiteKey.open(self.folder) if path.exists() else SiteKey.open_or_make(self.folder)
-        epsilon_max = self.settings.policy.epsilon_max
-        return Ledger.open(path, cohort=self.name, epsilon_max=epsilon_max, delta=self.delta, key=key)
+        make = not (self.folder / LEDGER_FILE).exists()
+        key = SiteKey.open_or_make(self.folder) if make else SiteKey.open(self.folder)
+        return Ledger.open(key=key, **self._budget())
+
+    def unread_ledger(self) -> Ledger:
+        """The ledger without a look at its rows, for those who examine them.
+
+        Raises:
+            KeyUnusable: there is no public key to examine them with.
+        """
+        return Ledger(key=SiteKey.open(self.folder), **self._budget())
+
+    def sign_ledger(self) -> Ledger:
+        """Vouch with the site's key, made if there is none, for a ledger that another or none has signed.
+
+        Raises:
+            LedgerError: the ledger is not whole, or is not this site's.
+        """
+        ledger = Ledger(key=SiteKey.open_or_make(self.folder), **self._budget())
+        ledger.sign_over()
+        return ledger
+
+    def _budget(self) -> dict[str, Any]:
+        return {
+            "path": self.folder / LEDGER_FILE,
+            "cohort": self.name,
+            "epsilon_max": self.settings.policy.epsilon_max,
+            "delta": self.delta,
+        }
 
     def _path(self, path: Path | None) -> Path | None:
         return None if path is None else self.folder / path

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.errors import (
@@ -154,6 +154,19 @@ class Reservation:
     seq: int
     hash: str
     request: ReservationRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """Something charged to the cohort, and what became of it; it counts whatever that is.
+
+    Attributes:
+        request: What was reserved.
+        outcome: ``released``, ``abandoned``, or ``open`` while neither is recorded.
+    """
+
+    request: ReservationRequest
+    outcome: Literal["released", "abandoned", "open"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +327,18 @@ class Ledger:
     def events(self, run: str | None = None) -> list[PoissonGaussian]:
         """Mechanisms charged by ``run``, or by all runs: one per reservation, released or not."""
         return self._read().events(run)
+
+    def charges(self) -> list[Charge]:
+        """All charges in their order."""
+        book = self._read()
+        outcomes: dict[int, Literal["released", "abandoned"]] = {
+            **dict.fromkeys(book.released, "released"),
+            **dict.fromkeys(book.abandoned, "abandoned"),
+        }
+        return [
+            Charge(request=one.request, outcome=outcomes.get(one.seq, "open"))
+            for one in book.reservations.values()
+        ]
 
     def spent(self, run: str | None = None) -> float:
         """Epsilon at the ledger's delta of what ``run``, or all runs together, were charged."""

@@ -59,6 +59,7 @@ def test_a_private_run_leaves_model_summary_and_report(hospitals: Path) -> None:
     result = run(hospitals)
     assert result.run_dir == hospitals / "runs" / "small"
     assert {path.name for path in result.run_dir.iterdir()} == {
+        "anchors.jsonl",
         "checkpoints",
         "federation.json",
         "metrics.jsonl",
