@@ -35,7 +35,7 @@ def refuse_coupling(module: nn.Module, patient_losses: PatientLosses, made_up: B
         made_up: A batch of the right shapes and at least 2 rows, of random values; never a patient's.
 
     Raises:
-        UnsoundTraining: naming what couples the rows, and the remedy.
+        UnsoundTraining: naming what couples the rows, and the remedy; or the module computes no numbers.
         ValueError: ``made_up`` has fewer than 2 rows.
     """
     rows = len(next(iter(made_up.values())))
@@ -43,9 +43,13 @@ def refuse_coupling(module: nn.Module, patient_losses: PatientLosses, made_up: B
         raise ValueError(f"expected made_up to have at least 2 rows to probe, got {rows}")
     refuse_batch_statistics(module)
     inputs = _inputs_of_module(module, patient_losses, made_up)
-    refuse_mixed_rows(module, inputs)
     with torch.no_grad():
-        outputs = module(*(value[:1] for value in inputs))
+        outputs = module(*inputs)
+    if not all(value.isfinite().all() for value in outputs):
+        raise UnsoundTraining(
+            "the module's embeddings of made-up inputs are not finite: the weights it was given are broken"
+        )
+    refuse_mixed_rows(module, inputs)
     each = len(inputs[0]) // rows
     probe = _LossProbe(patient_losses, made_up, _made_up_embeddings(outputs, rows=rows, each=each))
     probe.refuse_memory()

@@ -19,7 +19,7 @@ from client.errors import Refused
 from client.releases import ReleaseStore
 from client.site import Site
 from client.workbench import part_of, training_data
-from privacy.errors import AlreadyReleased, LedgerTampered
+from privacy.errors import AlreadyReleased, LedgerTampered, UnsoundTraining
 from strategies.bundles import BundleStore
 from strategies.messages import Hello, RefusalCode, Release, TrainRequest, digest_of
 from tests.small_hospitals import BATCH, EPSILON, PATIENTS, STEPS, bundle, change_site, ready, request
@@ -312,12 +312,12 @@ def test_a_ledger_that_was_tampered_with_releases_nothing(site: Site) -> None:
             answer_train(site, anchored(server_round=server_round))
 
 
-def test_not_a_number_in_the_weights_or_in_one_patient_breaks_no_promise(site: Site) -> None:
-    """Non-finite gradients count as zero: the release is noise, charged like any other."""
+def test_weights_that_are_no_numbers_are_refused_before_a_patient_is_looked_at(site: Site) -> None:
+    """Nothing could be shown of a model that computes nothing; what was reserved stays charged."""
     weights = {name: np.full_like(value, np.nan) for name, value in anchored().arrays.items()}
-    release = answer_train(site, replace(anchored(), arrays=weights))
-    assert story(site) == ["reserved", "released"]
-    assert digest_of(release.update) == site.ledger().rows()[2].body["output_digest"]
+    with pytest.raises(UnsoundTraining, match="the weights it was given are broken"):
+        answer_train(site, replace(anchored(), arrays=weights))
+    assert story(site) == ["reserved", "abandoned"]
 
 
 def test_facts_say_nothing_of_the_true_number_of_patients(hospitals: Path) -> None:

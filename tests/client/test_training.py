@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client import training
-from client.training import ANCHOR_REFRESH_STEPS, Anchors, TrainingData, train_plainly, train_privately
+from client import objectives, training
+from client.batches import TrainingData
+from client.engines import MakeEngine, engine_maker
+from client.objectives import Anchors
+from client.training import ANCHOR_REFRESH_STEPS, BOOK_KEEPING, train_plainly, train_privately
 from encoders.fitting import Pairs
 from encoders.objectives import anchored_loss, infonce_loss, same_meaning
 from encoders.parts import TrainablePart, trainable_part
@@ -27,6 +30,8 @@ ANCHORS = ("normal chest", "large heart", "fluid in the left lung", "air where n
 BOUND, DECLARED = 0.25, 40
 SILENT = 1e-9  # noise far below any gradient, where the sum itself is looked at
 KINDS: tuple[Part, ...] = ("heads", "lora", "full")
+# Steps of size one along the release, so that an update shows the released sums themselves.
+SHOWN: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,16 +40,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of size one along the gradient, so that an update shows the released sums themselves."""
-
-    def sgd(parameters: Any, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=1.0)
-
-    monkeypatch.setattr(torch.optim, "AdamW", sgd)
 
 
 @pytest.fixture
@@ -114,6 +109,7 @@ def private_update(
     declared: int = DECLARED,
     noise: GaussianNoise | None = None,
     seed: int = 0,
+    make_engine: MakeEngine = BOOK_KEEPING,
     **plan: Any,
 ) -> Arrays:
     return train_privately(
@@ -125,6 +121,7 @@ def private_update(
         patients_declared=declared,
         noise=noise or GaussianNoise(insecure_seed=7),
         sampling=np.random.default_rng(seed),
+        make_engine=make_engine,
     )
 
 
@@ -179,6 +176,7 @@ def test_a_round_in_which_nobody_was_drawn_is_its_noise_and_calls_the_module_for
         return forward(images, texts)
 
     monkeypatch.setattr(part.module, "forward", counted)
+    monkeypatch.setattr(training, "refuse_coupling", lambda *_: None)
     of = mechanism(steps=4, sample_rate=0.25)
     update = private_update(part, [0, 1, 1, 2], of=of)
     assert rows == [len(ANCHORS)]
@@ -206,33 +204,32 @@ def test_a_cohort_of_nobody_trains_on_noise(kind: Part) -> None:
 # --- the divisor is public ----------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("nobody", "plain_steps")
+@pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize("others", [[], [0], [0, 0, 0, 1], list(range(30))])
 def test_the_true_size_of_the_cohort_does_not_show_when_nobody_was_drawn(others: list[int]) -> None:
     of = mechanism()
-    first = private_update(part_of(), [0, 1, 1, 2], of=of)
-    assert equal(first, private_update(part_of(), others, of=of))
+    first = private_update(part_of(), [0, 1, 1, 2], of=of, **SHOWN)
+    assert equal(first, private_update(part_of(), others, of=of, **SHOWN))
 
 
-@pytest.mark.usefixtures("nobody", "plain_steps")
+@pytest.mark.usefixtures("nobody")
 def test_the_noise_is_divided_by_the_declared_number_of_expected_patients() -> None:
-    update = private_update(part_of(), [0, 1], of=mechanism(steps=1, sample_rate=0.2), declared=100)
+    update = private_update(part_of(), [0, 1], of=mechanism(steps=1, sample_rate=0.2), declared=100, **SHOWN)
     noise = GaussianNoise(insecure_seed=7)
     for value in update.values():
         expected = -noise.draw(value.shape, stddev=BOUND) / (0.2 * 100)
         assert value == pytest.approx(expected.numpy(), abs=1e-6)
 
 
-@pytest.mark.usefixtures("plain_steps")
 def test_twice_the_patients_are_twice_the_update_a_sum_and_no_mean() -> None:
     once = data_of(part_of(), [0, 1, 2])
     twice = rows_of(once, [0, 1, 2, 0, 1, 2], patients=range(6))
     assert norm(full_step(twice)) == pytest.approx(2 * norm(full_step(once)), rel=1e-3)
 
 
-@pytest.mark.usefixtures("nobody", "plain_steps")
+@pytest.mark.usefixtures("nobody")
 def test_a_divisor_of_the_true_size_would_have_shown() -> None:
-    first, second = (private_update(part_of(), [0] * n, of=mechanism(), declared=n) for n in (3, 4))
+    first, second = (private_update(part_of(), [0] * n, of=mechanism(), declared=n, **SHOWN) for n in (3, 4))
     assert not equal(first, second)
 
 
@@ -266,7 +263,7 @@ def full_step(data: TrainingData, kind: Part = "heads", *, studies: int = 6, bou
         part,
         data,
         anchors_of(part),
-        plan_of(studies_per_patient=studies),
+        plan_of(studies_per_patient=studies, **SHOWN),
         mechanism=mechanism(max_grad_norm=bound, noise_multiplier=SILENT, sample_rate=1.0, steps=1),
         patients_declared=DECLARED,
         noise=GaussianNoise(insecure_seed=7),
@@ -281,7 +278,6 @@ def moved_by_leaving(kind: Part, patients: list[int], gone: int) -> float:
     return distance(full_step(whole, kind), full_step(rest, kind)) * DECLARED
 
 
-@pytest.mark.usefixtures("plain_steps")
 @pytest.mark.parametrize("bound", [BOUND, 12.0, 1000.0])
 def test_a_contribution_is_the_clipped_gradient_of_the_mean_anchored_loss_of_a_patients_studies(
     bound: float,
@@ -309,7 +305,6 @@ def test_a_contribution_is_the_clipped_gradient_of_the_mean_anchored_loss_of_a_p
         assert found == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.usefixtures("plain_steps")
 @pytest.mark.parametrize("studies", [1, 2, 5])
 @pytest.mark.parametrize("kept", [1, 3])
 def test_a_patient_is_one_contribution_however_many_studies(studies: int, kept: int) -> None:
@@ -317,7 +312,6 @@ def test_a_patient_is_one_contribution_however_many_studies(studies: int, kept: 
     assert norm(update) * DECLARED == pytest.approx(BOUND, rel=1e-4)  # gradients here are above the bound
 
 
-@pytest.mark.usefixtures("plain_steps")
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -331,12 +325,11 @@ def test_a_patient_who_leaves_moves_a_step_by_at_most_the_bound(
     assert moved_by_leaving(kind, patients, gone) <= BOUND * (1 + 1e-3)
 
 
-@pytest.mark.usefixtures("plain_steps")
 def test_study_level_clipping_would_have_passed_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     def every_study_a_patient(patients: NDArray[Any]) -> list[NDArray[np.intp]]:
         return [np.array([row]) for row in range(len(patients))]
 
-    monkeypatch.setattr(training, "_rows_by_patient", every_study_a_patient)
+    monkeypatch.setattr(training, "rows_by_patient", every_study_a_patient)
     assert moved_by_leaving("heads", [0, 1, 1, 1], 1) > 2 * BOUND
 
 
@@ -376,7 +369,8 @@ def recorded_banks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor
         banks.append((rest["image_anchors"].clone(), rest["text_anchors"].clone()))
         return loss(*embeddings, **rest)
 
-    monkeypatch.setattr(training, "anchored_loss", recording)
+    monkeypatch.setattr(objectives, "anchored_loss", recording)
+    monkeypatch.setattr(training, "refuse_coupling", lambda *_: None)
     return banks
 
 
@@ -386,13 +380,16 @@ def test_anchors_are_encoded_anew_every_twenty_steps_without_gradient(
 ) -> None:
     banks = recorded_banks(monkeypatch)
     steps = ANCHOR_REFRESH_STEPS + 2
-    private_update(part_of(kind), [0, 1], of=mechanism(sample_rate=1.0, steps=steps))
+    private_update(
+        part_of(kind), [0, 1], of=mechanism(sample_rate=1.0, steps=steps), make_engine=engine_maker("vmap")
+    )
     assert ANCHOR_REFRESH_STEPS <= 20
     assert len(banks) == steps
     changed = [not torch.equal(now[0], before[0]) for before, now in itertools.pairwise(banks)]
     assert changed == [step == ANCHOR_REFRESH_STEPS for step in range(1, steps)]
     part = part_of(kind)  # the same first steps again: the weights that the second bank should be made with
-    private_update(part, [0, 1], of=mechanism(sample_rate=1.0, steps=ANCHOR_REFRESH_STEPS))
+    of = mechanism(sample_rate=1.0, steps=ANCHOR_REFRESH_STEPS)
+    private_update(part, [0, 1], of=of, make_engine=engine_maker("vmap"))
     anchors = anchors_of(part)
     with torch.no_grad():
         expected = part.module(anchors.images, anchors.texts)

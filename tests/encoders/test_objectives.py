@@ -15,6 +15,7 @@ from encoders.objectives import (
     SAME_MEANING,
     anchored_loss,
     anchored_sigmoid_loss,
+    grouped_infonce_loss,
     infonce_loss,
     same_meaning,
     soft_positives,
@@ -427,6 +428,32 @@ def test_soft_targets_turn_equal_texts_from_left_out_into_positives() -> None:
     assert float(loss()) == 0
     assert float(loss(soft_targets=torch.ones(2, 2))) >= np.log(2) - 1e-6  # two equal partners: their entropy
     assert float(loss(soft_targets=torch.eye(2))) == float(loss())
+
+
+def grouped(images: Tensor, texts: Tensor, negatives: Tensor) -> Tensor:
+    return grouped_infonce_loss(images, texts, negatives=negatives, inverse_temperature=10.0)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6), keys=st.lists(st.integers(0, 2), min_size=1, max_size=5))
+def test_a_group_by_itself_is_infonce(seed: int, keys: list[int]) -> None:
+    images, texts, numbers = units(len(keys), seed), units(len(keys), seed + 1), torch.tensor(keys)
+    same = numbers[:, None] == numbers
+    expected = infonce_loss(images, texts, same_text=same, inverse_temperature=10.0)
+    torch.testing.assert_close(grouped(images[None], texts[None], ~same[None])[0].mean(), expected)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_group_is_untouched_by_other_groups_and_a_pair_without_negatives_has_no_loss(seed: int) -> None:
+    images, texts = units(6, seed).view(2, 3, -1), units(6, seed + 1).view(2, 3, -1)
+    negatives = torch.ones(2, 3, 3, dtype=torch.bool)
+    negatives[:, 2] = negatives[:, :, 2] = False
+    together = grouped(images, texts, negatives)
+    torch.testing.assert_close(together[:1], grouped(images[:1], texts[:1], negatives[:1]))
+    assert together[:, 2] == pytest.approx([0, 0], abs=1e-5)
+    without_it = grouped(images[:, :2], texts[:, :2], negatives[:, :2, :2])
+    torch.testing.assert_close(together[:, :2], without_it)
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from privacy.accounting import PoissonGaussian
 from privacy.errors import UnsoundTraining
-from privacy.mechanism import AnchoredDpSgd
+from privacy.mechanism import AnchoredDpSgd, Mechanism, MicrobatchDpSgd, Released
 from privacy.noise import GaussianNoise
 
 COUNT = 20_000
@@ -21,9 +21,11 @@ FIVE_SIGMA = 5 / math.sqrt(COUNT)
 CLEAN = {"a": torch.full((COUNT,), 3.0), "b": torch.zeros(100, 200), "c": torch.ones(2, COUNT // 2)}
 
 
+SETTINGS: dict[str, Any] = {"max_grad_norm": 0.5, "noise_multiplier": 1.2, "sample_rate": 0.1, "steps": 7}
+
+
 def mechanism(**changes: Any) -> AnchoredDpSgd:
-    settings = {"max_grad_norm": 0.5, "noise_multiplier": 1.2, "sample_rate": 0.1, "steps": 7}
-    return AnchoredDpSgd(**{**settings, **changes})
+    return AnchoredDpSgd(**{**SETTINGS, **changes})
 
 
 def noise_in(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,18 +40,36 @@ def fits(released: Mapping[str, Tensor], stddev: float) -> list[bool]:
     ]
 
 
-def test_it_says_what_it_protects_from_what() -> None:
-    assert (AnchoredDpSgd.unit, AnchoredDpSgd.adjacency, AnchoredDpSgd.sampler) == (
-        "patient",
-        "add_remove",
-        "poisson",
-    )
+@pytest.mark.parametrize("kind", [AnchoredDpSgd, MicrobatchDpSgd])
+def test_it_says_what_it_protects_from_what(kind: type[AnchoredDpSgd] | type[MicrobatchDpSgd]) -> None:
+    stated: Mechanism = kind(max_grad_norm=0.5, noise_multiplier=1.2, sample_rate=0.1, steps=7)
+    assert (stated.unit, stated.adjacency, stated.sampler) == ("patient", "add_remove", "poisson")
 
 
-def test_the_noise_follows_from_the_bound() -> None:
-    assert mechanism().sensitivity == 0.5
-    assert mechanism().noise_std == pytest.approx(0.6)
-    assert mechanism(max_grad_norm=2.0).noise_std == pytest.approx(2.4)
+@pytest.mark.parametrize(
+    ("kind", "name", "bounds"), [(AnchoredDpSgd, "anchored", 1), (MicrobatchDpSgd, "microbatch", 2)]
+)
+@pytest.mark.parametrize("bound", [0.5, 2.0])
+def test_the_noise_follows_from_what_a_patient_can_move(
+    kind: type[AnchoredDpSgd] | type[MicrobatchDpSgd], name: str, bounds: int, bound: float
+) -> None:
+    stated = kind(max_grad_norm=bound, noise_multiplier=1.2, sample_rate=0.1, steps=7)
+    assert stated.kind == name
+    assert stated.sensitivity == bounds * bound
+    assert stated.noise_std == pytest.approx(1.2 * bounds * bound)
+    released = stated.release({"a": torch.zeros(COUNT)}, GaussianNoise(insecure_seed=5))
+    assert released.noise_std == stated.noise_std
+    assert kstest(released.arrays["a"].numpy(), "norm", args=(0, 1.2 * bounds * bound)).pvalue > 1e-3
+
+
+def test_equal_noise_multipliers_cost_the_same_whatever_a_patient_can_move() -> None:
+    assert mechanism().event == MicrobatchDpSgd(**SETTINGS).event
+
+
+def test_a_divisor_takes_arrays_and_noise_along() -> None:
+    released = Released(arrays={"a": torch.full((3,), 4.0)}, noise_std=2.0).over(8.0)
+    assert torch.equal(released.arrays["a"], torch.full((3,), 0.5))
+    assert released.noise_std == 0.25
 
 
 def test_the_accountant_hears_the_same_numbers() -> None:

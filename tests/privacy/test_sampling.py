@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binom, kstest
+from scipy.stats import binom, chisquare, kstest
 
 from privacy.noise import os_generator
-from privacy.sampling import poisson_sample
+from privacy.sampling import poisson_sample, uniform_groups
 
 POPULATION, RATE, STEPS = 50, 0.1, 20_000
 # One in a billion for a right sampler; the seeds are fixed besides.
@@ -100,3 +100,73 @@ def test_a_rate_out_of_range_is_refused(sample_rate: float) -> None:
 def test_a_negative_population_is_refused() -> None:
     with pytest.raises(ValueError, match="expected population=-1 >= 0"):
         poisson_sample(np.random.default_rng(0), population=-1, sample_rate=0.5)
+
+
+# --- groups -------------------------------------------------------------------------------------------------
+
+MEMBERS, GROUPS = 4, 2
+Grouping = Callable[[np.random.Generator], NDArray[np.intp]]
+
+
+def independent(generator: np.random.Generator) -> NDArray[np.intp]:
+    return uniform_groups(generator, members=MEMBERS, groups=GROUPS)
+
+
+def chunks_of_a_permutation(generator: np.random.Generator) -> NDArray[np.intp]:
+    groups = np.empty(MEMBERS, dtype=np.intp)
+    groups[generator.permutation(MEMBERS)] = np.arange(MEMBERS) * GROUPS // MEMBERS
+    return groups
+
+
+def one_for_all(generator: np.random.Generator) -> NDArray[np.intp]:
+    return np.full(MEMBERS, generator.integers(GROUPS), dtype=np.intp)
+
+
+def by_turns(generator: np.random.Generator) -> NDArray[np.intp]:
+    return (np.arange(MEMBERS) + generator.integers(GROUPS)) % GROUPS
+
+
+def p_value(draw: Grouping) -> float:
+    """Of the hypothesis that all assignments of all members are equally likely."""
+    generator = np.random.default_rng(3)
+    powers = GROUPS ** np.arange(MEMBERS)
+    drawn = [int(draw(generator) @ powers) for _ in range(STEPS)]
+    return float(chisquare(np.bincount(drawn, minlength=GROUPS**MEMBERS)).pvalue)
+
+
+def test_every_assignment_of_groups_is_equally_likely() -> None:
+    assert p_value(independent) > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [chunks_of_a_permutation, one_for_all, by_turns])
+def test_the_same_check_rejects_groups_that_know_of_each_other(wrong: Grouping) -> None:
+    assert p_value(wrong) < 1e-9
+
+
+def test_groups_of_successive_steps_are_independent() -> None:
+    generator = np.random.default_rng(4)
+    drawn = np.array([independent(generator)[0] for _ in range(STEPS)])
+    first, second = drawn[:-1], drawn[1:]
+    agree = float((first == second).mean())
+    assert abs(agree - 1 / GROUPS) < SIX_SIGMA * math.sqrt(0.25 / len(first))
+
+
+def test_a_member_who_leaves_changes_nobody_elses_group() -> None:
+    for gone in range(MEMBERS):
+        others = uniform_groups(np.random.default_rng(5), members=gone, groups=GROUPS)
+        everyone = uniform_groups(np.random.default_rng(5), members=MEMBERS, groups=GROUPS)
+        assert np.array_equal(everyone[:gone], others)
+
+
+@pytest.mark.parametrize(("members", "groups"), [(0, 1), (0, 5), (3, 1)])
+def test_edges_of_groups(members: int, groups: int) -> None:
+    drawn = uniform_groups(np.random.default_rng(0), members=members, groups=groups)
+    assert drawn.shape == (members,)
+    assert drawn.dtype == np.intp
+    assert not drawn.any() or groups > 1
+
+
+@pytest.mark.parametrize(("members", "groups", "text"), [(-1, 2, "members=-1"), (2, 0, "groups=0 >= 1")])
+def test_groups_that_cannot_be_drawn_are_refused(members: int, groups: int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        uniform_groups(np.random.default_rng(0), members=members, groups=groups)
