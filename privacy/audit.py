@@ -24,7 +24,8 @@ from scipy.stats import binom
 # Shares of the canaries that are guessed, half as "in" (the highest scores) and half as "out" (the lowest).
 # Fixed before any score is seen; the significance is shared among them.
 GUESSED_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-_THRESHOLDS = 99
+# Shares of the canaries left out that a threshold of the Gaussian form takes for "in", likewise.
+ALARMED_SHARES = (0.0, 0.02, 0.1, 0.3, 0.6, 0.85)
 _LARGEST_EPSILON, _LARGEST_MU = 1e3, 64.0
 _PRECISION = 1e-6
 
@@ -85,9 +86,8 @@ def audit_one_run(
 
     Guarantees:
         Each bound is at most the true epsilon with probability ``confidence`` if its form's assumption holds,
-        whatever the scores are. Nothing is chosen on the data it is judged by: the shares are fixed in
-        advance and share the significance (Bonferroni), the threshold of the Gaussian form is chosen on one
-        half of the canaries and judged on the other.
+        whatever the scores are. Nothing is chosen by a look at them: how many canaries are guessed, and where
+        thresholds lie, is fixed in advance, and all choices share the significance (Bonferroni).
 
     Args:
         scores: One per canary, shape (m,); higher means more likely to have been in.
@@ -100,7 +100,7 @@ def audit_one_run(
         ValueError: An argument is out of its range, or a score is not a number.
     """
     _check(scores, included, delta=delta, confidence=confidence, guessed_shares=guessed_shares)
-    order = np.argsort(scores, kind="stable")
+    order = np.argsort(_ranks(scores))
     each = 1 - (1 - confidence) / len(guessed_shares)
     epsilon, mu = 0.0, 0.0
     for share in guessed_shares:
@@ -226,29 +226,29 @@ def mu_from_guesses(*, canaries: int, guesses: int, correct: int, confidence: fl
 
 
 def mu_from_errors(scores: NDArray[np.floating], included: NDArray[np.bool_], *, confidence: float) -> float:
-    """Lower bound on mu from how often one threshold errs, canaries being independent trials.
+    """Lower bound on mu from how often a threshold errs, canaries being independent trials.
 
-    The threshold that does best on one half of the canaries is judged on the other half, with an exact
-    interval (Clopper-Pearson) for each of the two error rates.
+    A threshold lies where a share of the canaries left out, fixed in advance, is above it. What it takes for
+    "in" of all that are out is then a beta variable, whatever the scores are distributed like, and it knows
+    nothing of the canaries that were in: the bounds on both error rates are exact.
 
     Source:
-        Dong, Roth, Su (2019), arXiv:1905.02383, section 2; Nasr et al. (2023), arXiv:2302.07956, section 4.
+        Dong, Roth, Su (2019), arXiv:1905.02383, section 2, for mu from two error rates; Clopper and Pearson
+        (1934) for their bounds.
     """
-    # Which half a canary is in must not follow its place, where neighbours may share a layer.
-    order = np.random.default_rng(0).permutation(len(scores))
-    chosen_on, judged_on = order[::2], order[1::2]
-
-    def bound(threshold: float, canaries: NDArray[np.intp]) -> float:
-        own, inside = scores[canaries], included[canaries]
-        missed = _largest_rate(int((own[inside] < threshold).sum()), int(inside.sum()), confidence)
-        alarmed = _largest_rate(int((own[~inside] >= threshold).sum()), int((~inside).sum()), confidence)
-        if max(missed, alarmed) == 1:
-            return 0.0
-        return max(0.0, float(-ndtri(alarmed) - ndtri(missed)))
-
-    thresholds = np.quantile(scores[chosen_on], np.linspace(0, 1, _THRESHOLDS), method="lower")
-    best = max(thresholds, key=lambda threshold: bound(threshold, chosen_on))
-    return bound(float(best), judged_on)
+    ranks = _ranks(scores)
+    inside, outside = ranks[included], np.sort(ranks[~included])
+    if min(len(inside), len(outside)) == 0:
+        return 0.0
+    each = 1 - (1 - confidence) / (2 * len(ALARMED_SHARES))  # for each threshold, of each of two rates
+    best = 0.0
+    for share in ALARMED_SHARES:
+        alarms = min(round(share * len(outside)), len(outside) - 1)
+        misses = int((inside <= outside[-1 - alarms]).sum())
+        alarmed = _largest_rate(alarms, len(outside), each)
+        missed = _largest_rate(misses, len(inside), each)
+        best = max(best, float(-ndtri(alarmed) - ndtri(missed)))
+    return best
 
 
 def gaussian_epsilon(mu: float, *, delta: float) -> float:
@@ -268,10 +268,16 @@ def gaussian_epsilon(mu: float, *, delta: float) -> float:
 
 
 def _largest_rate(errors: int, trials: int, confidence: float) -> float:
-    """Upper end of Clopper and Pearson's interval, each of two rates taking half of the significance."""
-    if errors >= trials:
-        return 1.0
-    return float(betaincinv(errors + 1, trials - errors, (1 + confidence) / 2))
+    """Clopper and Pearson's upper bound on the rate of so many errors."""
+    return 1.0 if errors == trials else float(betaincinv(errors + 1, trials - errors, confidence))
+
+
+def _ranks(scores: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Places in increasing order; ties in an order of their own, which knows neither coins nor layers."""
+    ties = np.random.default_rng(0).permutation(len(scores))
+    ranks = np.empty(len(scores), dtype=np.intp)
+    ranks[np.lexsort((ties, scores))] = np.arange(len(scores))
+    return ranks
 
 
 def _largest(rejected: Callable[[float], bool], *, limit: float) -> float:
