@@ -100,8 +100,10 @@ def _answered(
         said = answer(site, require(decode(message.content), expected))
         content = encode(check_release(site, said) if isinstance(said, Release) else said)
     except Exception as error:
-        content = encode(_refusal(folder, name, error))
-    return Message(content, reply_to=message)
+        refusal = _refusal(folder, name, error)
+    else:
+        return Message(content, reply_to=message)
+    return Message(encode(refusal), reply_to=message)  # out here, what fails no longer quotes the cause
 
 
 def _refusal(folder: Path | None, name: str, cause: Exception) -> Refusal:
@@ -122,5 +124,8 @@ def _refusal(folder: Path | None, name: str, cause: Exception) -> Refusal:
             "incident %s: this node is no site: %s", incident, cause
         )  # and opened no patient's file
     else:
-        write_refusal(folder, incident, code, cause)
+        try:
+            write_refusal(folder, incident, code, cause)
+        except Exception as error:  # whatever it is, it may quote the cause: its kind has to do
+            logger.warning("incident %s could not be written down: %s", incident, type(error).__name__)
     return Refusal(site=name, code=code, incident=incident)

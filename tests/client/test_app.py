@@ -139,6 +139,21 @@ def test_a_log_that_cannot_be_written_does_not_let_the_cause_out(
     assert MARKER not in caplog.text
 
 
+def test_a_failure_while_failing_lets_nothing_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "answer_hello", raising(ValueError(MARKER)))
+    monkeypatch.setattr(app, "write_refusal", raising(RuntimeError(MARKER)))
+    refused = refusal(folder, HI)
+    assert (refused.site, refused.code) == ("north", RefusalCode.FAILED)
+    assert f"incident {refused.incident} could not be written down: RuntimeError" in caplog.text
+    monkeypatch.setattr(app, "encode", raising(TypeError("not a message")))
+    reply = ask(folder, HI)
+    assert reply.has_error()  # Flower's own, of a constant text: the error has no cause to quote
+    assert "not a message" in caplog.text
+    assert MARKER not in caplog.text
+
+
 def test_a_site_whose_file_is_wrong_says_so_only_to_itself(folder: Path) -> None:
     change_site(folder, polici={"epsilon-max": 1.0})
     refused = refusal(folder, HI)
