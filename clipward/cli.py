@@ -12,6 +12,8 @@ from clipward.environment import stay_at_home
 
 stay_at_home()  # before anything imports Flower, Hugging Face or matplotlib
 
+from clipward import budget, plan  # noqa: E402 - light: what they need is imported when they run
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -22,6 +24,7 @@ app = typer.Typer(
 )
 cohort_app = typer.Typer(no_args_is_help=True, help="A site's packed image-text pairs.")
 app.add_typer(cohort_app, name="cohort")
+app.add_typer(budget.app, name="budget")
 
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 FederationFile = Annotated[Path, typer.Argument(help="The consortium's file, such as configs/demo.toml.")]
@@ -189,6 +192,9 @@ def demo(
             compare=True,
             metrics_port=metrics_port,
         )
+
+
+app.command()(plan.plan)
 
 
 def _run(
