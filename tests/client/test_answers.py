@@ -19,7 +19,7 @@ from client.errors import Refused
 from client.releases import ReleaseStore
 from client.site import Site
 from client.workbench import part_of, training_data
-from privacy.errors import AlreadyReleased, LedgerTampered, UnsoundTraining
+from privacy.errors import AlreadyReleased, HistoryLost, KeyUnusable, LedgerTampered, UnsoundTraining
 from strategies.bundles import BundleStore
 from strategies.messages import Hello, RefusalCode, Release, TrainRequest, digest_of
 from tests.small_hospitals import BATCH, EPSILON, PATIENTS, STEPS, bundle, change_site, ready, request
@@ -318,6 +318,53 @@ def test_weights_that_are_no_numbers_are_refused_before_a_patient_is_looked_at(s
     with pytest.raises(UnsoundTraining, match="the weights it was given are broken"):
         answer_train(site, replace(anchored(), arrays=weights))
     assert story(site) == ["reserved", "abandoned"]
+
+
+def test_a_release_carries_the_head_of_after_it_was_recorded_and_so_does_its_replay(site: Site) -> None:
+    for server_round in (1, 2):
+        sent = answer_train(site, anchored(server_round=server_round)).facts.anchor
+        assert sent == site.ledger().anchor
+        assert sent is not None
+        assert (sent.seq, sent.is_genuine) == (2 * server_round, True)
+    replay = answer_train(site, anchored(server_round=1))
+    assert replay.facts.anchor == site.ledger().anchor  # else the coordinator would see it go back
+    kept = ReleaseStore(folder=site.folder / "releases").anchors()
+    assert sorted(anchor.seq for anchor in kept.values()) == [1, 3]
+
+
+def test_a_ledger_restored_from_a_back_up_charges_and_releases_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the coordinator that remembers, nor for another one while the releases are there."""
+    answer_train(site, anchored())
+    back_up = (site.folder / "ledger.sqlite").read_bytes()
+    known = answer_train(site, anchored(server_round=2)).facts.anchor
+    (site.folder / "ledger.sqlite").write_bytes(back_up)
+    monkeypatch.setattr(answers, "training_data", fail)
+    asked = anchored(server_round=3)
+    for attempt in (asked, replace(asked, anchor=known), anchored(server_round=2), anchored(run="another")):
+        with pytest.raises(HistoryLost, match="was anchored and is gone"):
+            answer_train(site, attempt)
+    shutil.rmtree(site.folder / "releases")
+    with pytest.raises(HistoryLost, match="row 4 was anchored and is gone, the last is row 2"):
+        answer_train(site, replace(asked, anchor=known))
+    assert story(site) == ["reserved", "released"]
+
+
+def test_with_the_coordinator_s_anchor_it_is_the_same_request(site: Site) -> None:
+    first = answer_train(site, anchored())
+    again = answer_train(site, replace(anchored(), anchor=first.facts.anchor))
+    assert (again.facts.replayed, same(first, again)) == (True, True)
+
+
+def test_without_the_key_nothing_is_computed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_train(site, anchored())
+    (site.folder / "site.key").unlink()
+    monkeypatch.setattr(answers, "training_data", fail)
+    with pytest.raises(KeyUnusable, match="nothing can be charged"):
+        answer_train(site, anchored(server_round=2))
+    assert story(site) == ["reserved", "released"]
+    assert answer_train(site, anchored()).facts.replayed
 
 
 def test_facts_say_nothing_of_the_true_number_of_patients(hospitals: Path) -> None:

@@ -16,6 +16,7 @@ from client import app
 from client.app import site_folder, site_folders
 from client.errors import Refused
 from client.journal import LOG_FILE
+from privacy.errors import HistoryLost, KeyUnusable, LedgerTampered
 from strategies.messages import (
     HELLO,
     TRAIN,
@@ -77,6 +78,9 @@ def test_a_site_answers_every_exchange(hospitals: Path) -> None:
         (RecursionError(MARKER), RefusalCode.FAILED),
         (FileNotFoundError(2, "No such file", f"/data/{MARKER}"), RefusalCode.FAILED),
         (UnicodeDecodeError("utf-8", MARKER.encode(), 0, 1, MARKER), RefusalCode.FAILED),
+        (LedgerTampered(MARKER), RefusalCode.LEDGER),
+        (HistoryLost(MARKER), RefusalCode.LEDGER),
+        (KeyUnusable(MARKER), RefusalCode.LEDGER),
         *((Refused(code, MARKER), code) for code in RefusalCode),
     ],
 )

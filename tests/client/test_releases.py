@@ -124,3 +124,30 @@ def test_a_release_of_another_version_is_refused(store: ReleaseStore) -> None:
     save_file(release().update, store.folder / f"{REQUEST}.safetensors", metadata={"version": "1"})
     with pytest.raises(ValueError, match="release of version 1, this code reads 2"):
         store.find(REQUEST)
+
+
+def test_what_a_killed_process_left_half_written_is_swept_by_the_next(store: ReleaseStore) -> None:
+    store.folder.mkdir()
+    for name in ("a.partial", "b.partial"):
+        (store.folder / name).write_bytes(b"half")
+    store.store(REQUEST, release())
+    assert [path.name for path in store.folder.iterdir()] == [f"{REQUEST}.safetensors"]
+
+
+def test_what_another_process_is_writing_is_not_swept(store: ReleaseStore) -> None:
+    store.folder.mkdir()
+    with store._writing():
+        (store.folder / "a.partial").write_bytes(b"half of it")
+        store.store(REQUEST, release())
+        assert (store.folder / "a.partial").exists()
+    store.store("cd" * 32, release())
+    assert not (store.folder / "a.partial").exists()
+
+
+def test_releases_remember_the_ledger_s_head(store: ReleaseStore) -> None:
+    assert store.anchors() == {}
+    store.store(REQUEST, release(anchor=ANCHOR))
+    store.store("cd" * 32, release())
+    (store.folder / "junk.safetensors").write_bytes(b"no release")
+    save_file({}, store.folder / "older.safetensors", metadata={"version": "1", "facts": "{}"})
+    assert store.anchors() == {f"{REQUEST}.safetensors": ANCHOR}
