@@ -37,8 +37,7 @@ Model = Literal["tiny", "vit-b-16"]
 Part = Literal["full", "lora", "heads"]
 Step = Callable[[], None]
 
-PLAIN, OURS, VMAP = "non-private", "ours", "vmap"
-HOOKS, GHOST = "Opacus hooks", "Opacus ghost"
+PLAIN, OURS, HOOKS, GHOST, VMAP = "non-private", "ours", "opacus-hooks", "opacus-ghost", "vmap"
 MAX_GRAD_NORM, ANCHORS, SCALE, LORA_RANK, VMAP_CHUNK = 1.0, 256, 10.0, 8, 8
 # (model, part) to the largest allowed (time, memory) as a multiple of the step without privacy.
 GOALS: dict[tuple[str, str], tuple[float, float]] = {
@@ -165,6 +164,9 @@ VARIANTS: dict[str, Callable[[Workload], Step]] = {
 }
 
 
+ENGINES = [variant for variant in VARIANTS if variant != PLAIN]
+
+
 # --- what they work on --------------------------------------------------------------------------------------
 
 
@@ -244,20 +246,26 @@ def _inputs(part: TrainablePart, rows: int, generator: torch.Generator) -> tuple
 
 
 def measure(
-    model: Model, parts: Sequence[Part], *, batch: int, repeats: int, device: torch.device
+    model: Model,
+    parts: Sequence[Part],
+    engines: Sequence[str],
+    *,
+    batch: int,
+    repeats: int,
+    device: torch.device,
 ) -> list[Measurement]:
-    """Every variant of every part on one batch size, their repetitions interleaved."""
+    """The step without privacy and each engine, for every part, their repetitions interleaved."""
     steps: dict[tuple[str, str], Step] = {}
     found: list[Measurement] = []
     for part in parts:
         typer.echo(f"{model} {part} {batch}: building", err=True)
         work = workload_of(model, part, batch=batch, device=device)
-        for variant, make in VARIANTS.items():
+        for variant in (PLAIN, *engines):
             line = Measurement(model=model, part=part, batch=batch, variant=variant)
             typer.echo(f"{model} {part} {batch}: memory of {variant}", err=True)
             try:
                 _refuse_too_large(variant, work, device)
-                step = make(work)
+                step = VARIANTS[variant](work)
                 step()  # memory of a first step includes what libraries keep for good
                 peak = _peak_bytes(step, device)
             except Exception as error:  # what an engine cannot do is a line of the table
@@ -444,6 +452,9 @@ def main(
     batch: Annotated[
         str, typer.Option(callback=_positive_numbers, help="Patients in a batch; several with commas.")
     ] = "32",
+    engines: Annotated[
+        str, typer.Option(callback=_list_of(ENGINES), help="Any of " + ", ".join(ENGINES) + ", with commas.")
+    ] = ",".join(ENGINES),
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the least time counts.")] = 5,
     device: Annotated[
@@ -469,7 +480,9 @@ def main(
         for model in get_args(Model)
         if model in models.split(",")
         for size in batch.split(",")
-        for each in measure(model, wanted, batch=int(size), repeats=repeats, device=torch.device(chosen))
+        for each in measure(
+            model, wanted, engines.split(","), batch=int(size), repeats=repeats, device=torch.device(chosen)
+        )
     ]
     rows = ratios(found)
     if as_json:

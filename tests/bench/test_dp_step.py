@@ -40,7 +40,7 @@ def test_every_engine_is_measured_beside_the_step_without_privacy() -> None:
         assert row["seconds"] > 0
         assert row["peak_bytes"] > 0
     assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1
-    hooks = next(row for row in rows if row["variant"] == "Opacus hooks")
+    hooks = next(row for row in rows if row["variant"] == "opacus-hooks")
     assert hooks["memory_ratio"] > 2  # it holds a gradient a patient
 
 
@@ -94,6 +94,7 @@ def test_a_gpu_adds_images_a_second() -> None:
         (["--models", "tiny,vit"], "'vit' is none of tiny, vit-b-16"),
         (["--parts", "body"], "'body' is none of full, lora, heads"),
         (["--batch", "8,0"], "expected whole numbers > 0"),
+        (["--engines", "fastdp"], "'fastdp' is none of ours, opacus-hooks, opacus-ghost, vmap"),
         (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
         (["--parts", "lora"], "lora is compared with the full step"),
     ],
@@ -106,5 +107,14 @@ def test_what_it_does_not_know_is_refused(arguments: list[str], text: str) -> No
 
 def test_help_names_every_option() -> None:
     text = run("--help").stdout
-    for option in ("--models", "--parts", "--batch", "--threads", "--repeats", "--device", "--json"):
+    for option in (
+        "--models",
+        "--parts",
+        "--batch",
+        "--engines",
+        "--threads",
+        "--repeats",
+        "--device",
+        "--json",
+    ):
         assert option in text
