@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from privacy.contributions import Contribution
+from privacy.contributions import Contribution, wide
 from privacy.engine import Batch, PatientLosses, clip_factors, refuse_batch_statistics
 from privacy.errors import UnsoundTraining
 from privacy.interception import Interception
@@ -79,19 +79,35 @@ class BookKeepingEngine:
         if not max_grad_norm > 0:
             raise UnsoundTraining(f"expected {max_grad_norm=} > 0")
         trained = self._trained()
-        patients = len(next(iter(batch.values())))
         total: dict[str, Tensor] = {}
+        for raw_contributions in self._parts(trained, batch):
+            with _full_precision():
+                self._add_clipped(total, raw_contributions, max_grad_norm=max_grad_norm)
+        return {
+            name: total[name] if name in total else torch.zeros_like(wide(value.detach()))
+            for name, value in trained.items()
+        }
+
+    def raw_norms(self, batch: Batch) -> Tensor:
+        """L2 norm of each patient's gradient, float64, shape (P,). Private: it never leaves the site.
+
+        Guarantees:
+            At most 1e-6 of itself too small; not finite where such a gradient counts as zero.
+        """
+        found = [torch.empty(0, dtype=torch.float64)]
+        for raw_contributions in self._parts(self._trained(), batch):
+            with _full_precision():
+                found.append(self._norms(raw_contributions).cpu())
+        return torch.cat(found)
+
+    def _parts(self, trained: Mapping[str, nn.Parameter], batch: Batch) -> Iterator[dict[str, Contribution]]:
+        """The contributions of one physical batch after the other; nothing for parameters without use."""
+        patients = _patients(batch)
         step = self._physical_batch or max(1, patients)
         for start in range(0, patients, step):
             part = {name: value[start : start + step] for name, value in batch.items()}
             self._check_isolation(trained, part)
-            raw_contributions = self._contributions(trained, part)
-            with _full_precision():
-                self._add_clipped(total, raw_contributions, max_grad_norm=max_grad_norm)
-        return {
-            name: total[name].to(value.dtype) if name in total else torch.zeros_like(value)
-            for name, value in trained.items()
-        }
+            yield self._contributions(trained, part)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         trained = {name: value for name, value in self._module.named_parameters() if value.requires_grad}
@@ -103,7 +119,7 @@ class BookKeepingEngine:
         self, trained: Mapping[str, nn.Parameter], batch: Batch, *, of: int | None = None
     ) -> dict[str, Contribution]:
         """One forward and one backward pass, from all patients' losses or from patient ``of``'s alone."""
-        patients = len(next(iter(batch.values())))
+        patients = _patients(batch)
         seen = Interception(trained, patients=patients)
 
         def call(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,16 +148,23 @@ class BookKeepingEngine:
         """Add to ``total`` in place. ``raw_contributions`` is emptied on the way, which frees memory."""
         if not raw_contributions:
             return
-        norms = raw_norms(raw_contributions) / self._loss_scale
-        factors = clip_factors(norms, max_grad_norm=max_grad_norm)
+        factors = clip_factors(self._norms(raw_contributions), max_grad_norm=max_grad_norm)
         kept = factors > 0  # zero times a number that is not finite would be none either
-        everyone = bool(kept.all())
+        everyone, weights = bool(kept.all()), factors[kept] / self._loss_scale
         for name in list(raw_contributions):
             contribution = raw_contributions.pop(name)
             if not everyone:
                 contribution = contribution.only(kept)
-            clipped = contribution.weighted_sum(factors[kept] / self._loss_scale)
+            clipped = contribution.weighted_sum(weights)
             total[name] = total[name].add_(clipped) if name in total else clipped
+
+    def _norms(self, raw_contributions: Mapping[str, Contribution]) -> Tensor:
+        squares = torch.stack([each.squared_norms() for each in raw_contributions.values()]).sum(0)
+        odd = ~squares.isfinite()
+        if odd.any():
+            again = [each.only(odd).widened().squared_norms() for each in raw_contributions.values()]
+            squares[odd] = torch.stack(again).sum(0)
+        return squares.sqrt() / self._loss_scale
 
     def _check_isolation(self, trained: Mapping[str, nn.Parameter], batch: Batch) -> None:
         """Once: the first patient's loss alone must give the second patient no gradient.
@@ -149,7 +172,7 @@ class BookKeepingEngine:
         It does if the module or the loss mixes patients, and if a module moves the batch away from the first
         axis, so that the rows counted as one patient's are not.
         """
-        if self._isolation_seen or len(next(iter(batch.values()))) < 2:
+        if self._isolation_seen or _patients(batch) < 2:
             return
         pair = {name: value[:2] for name, value in batch.items()}
         seen = self._contributions(trained, pair, of=0)
@@ -163,18 +186,8 @@ class BookKeepingEngine:
             self._isolation_seen |= _any_finite(contribution.only(~second))
 
 
-def raw_norms(raw_contributions: Mapping[str, Contribution]) -> Tensor:
-    """L2 norm over all parameters of each patient's gradient, float64, shape (P,). Private.
-
-    Guarantees:
-        At most 1e-6 of itself too small. Not finite only where the gradient itself is not.
-    """
-    squares = torch.stack([each.squared_norms() for each in raw_contributions.values()]).sum(0)
-    odd = ~squares.isfinite()
-    if odd.any():
-        again = [each.only(odd).widened().squared_norms() for each in raw_contributions.values()]
-        squares[odd] = torch.stack(again).sum(0)
-    return squares.sqrt()
+def _patients(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _any_finite(gradient: Contribution) -> bool:

@@ -12,8 +12,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-HELD_AT_ONCE = 2**22  # elements of a per-patient gradient made only to be measured
-BLOCK = 256
+BLOCK, SMALL = 256, 2**18
 
 
 class Contribution(Protocol):
@@ -74,7 +73,7 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outer:
-    """Gradients sum_t g_t a_t^T of a matrix product, never multiplied out for longer than they are measured.
+    """Gradients sum_t g_t a_t^T of a matrix product that are never multiplied out: a wide matrix, few places.
 
     Attributes:
         inputs: a, shape (P, T, d).
@@ -93,17 +92,11 @@ class Outer:
     def squared_norms(self) -> Tensor:
         """See `Contribution`."""
         a, g = wide(self.inputs), wide(self.gradients)
-        (places, d), p = a.shape[1:], g.shape[2]
-        if 2 * places**2 <= d * p:
-            a_gram, g_gram = a @ a.mT, g @ g.mT
-            a_squares, g_squares = (gram.diagonal(dim1=1, dim2=2) for gram in (a_gram, g_gram))
-            squares = (a_gram * g_gram).sum((1, 2)).to(torch.float64)
-        else:
-            a_squares, g_squares = a.square().sum(2), g.square().sum(2)
-            step = max(1, HELD_AT_ONCE // (d * p))
-            parts = zip(torch.split(a, step), torch.split(g, step), strict=True)
-            squares = torch.cat([_squares((g_part.mT @ a_part).flatten(1)) for a_part, g_part in parts])
-        return squares + _rounding(a_squares, g_squares, d=d, p=p)
+        a_gram, g_gram = a @ a.mT, g @ g.mT
+        a_squares, g_squares = (gram.diagonal(dim1=1, dim2=2) for gram in (a_gram, g_gram))
+        squares = (a_gram * g_gram).sum((1, 2))
+        squares += _rounding(a_squares, g_squares, d=a.shape[2], p=g.shape[2])
+        return squares.to(torch.float64)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """See `Contribution`."""
@@ -194,10 +187,14 @@ class Rows:
 
 
 def product(inputs: Tensor, gradients: Tensor, shape: torch.Size) -> Outer | Dense:
-    """Gradients of a matrix from inputs (P, T, d) and output gradients (P, T, p): the smaller form."""
+    """Gradients of a matrix from inputs (P, T, d) and output gradients (P, T, p), in the cheaper form.
+
+    Both memory and time change sides at T (d + p) = d p: it is what the factors hold over what they make, and
+    what their Gram matrices cost over what multiplying out costs.
+    """
     found = Outer(inputs=inputs, gradients=gradients, shape=shape)
     (places, d), p = inputs.shape[1:], gradients.shape[2]
-    return Dense(values=found.dense()) if d * p <= places * (d + p) else found
+    return found if places * (d + p) < d * p else Dense(values=found.dense())
 
 
 def together(uses: Sequence[Contribution]) -> Contribution:
@@ -208,11 +205,8 @@ def together(uses: Sequence[Contribution]) -> Contribution:
 def _joined(first: Contribution, second: Contribution) -> Contribution:
     match first, second:
         case Outer(), Outer():
-            return replace(
-                first,
-                inputs=torch.cat([first.inputs, second.inputs], dim=1),
-                gradients=torch.cat([first.gradients, second.gradients], dim=1),
-            )
+            inputs = torch.cat([first.inputs, second.inputs], dim=1)
+            return product(inputs, torch.cat([first.gradients, second.gradients], dim=1), first.shape)
         case Rows(), Rows():
             return Rows.of(
                 torch.cat([first.owners, second.owners]),
@@ -236,11 +230,13 @@ def _squares(rows: Tensor) -> Tensor:
     """
     rows = wide(rows)
     count = rows.shape[1]
-    whole = count - count % BLOCK
-    blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), whole // BLOCK, BLOCK), dim=2)
-    rest = rows[:, whole:].to(torch.float64)
-    squares = blocks.to(torch.float64).square().sum(1) + rest.square().sum(1)
-    return squares + count * torch.finfo(rows.dtype).tiny
+    squares = torch.zeros((), dtype=torch.float64, device=rows.device)
+    if rows.numel() > SMALL:
+        whole = count - count % BLOCK
+        blocks = rows[:, :whole].reshape(len(rows), whole // BLOCK, BLOCK)
+        squares = torch.linalg.vector_norm(blocks, dim=2).to(torch.float64).square().sum(1)
+        rows = rows[:, whole:]
+    return squares + rows.to(torch.float64).square().sum(1) + count * torch.finfo(rows.dtype).tiny
 
 
 def _rounding(a_squares: Tensor, g_squares: Tensor, *, d: int, p: int) -> Tensor:
@@ -250,9 +246,8 @@ def _rounding(a_squares: Tensor, g_squares: Tensor, *, d: int, p: int) -> Tensor
     those of the weighted product that is released. The multiple is set by the worst found, products of equal
     numbers, whose sum of d is up to eps d / 45 too small. Squares below the smallest normal number are lost.
     """
-    limits = torch.finfo(a_squares.dtype)
-    a_squares, g_squares = a_squares.to(torch.float64), g_squares.to(torch.float64)
+    limits, places = torch.finfo(a_squares.dtype), a_squares.shape[1]
     reach = (a_squares * g_squares).sqrt().sum(1).square()
-    lost = limits.tiny * a_squares.shape[1] * (p * a_squares.sum(1) + d * g_squares.sum(1))
-    hidden: Tensor = limits.eps * (2 + (d + p) / 32) * reach + lost
-    return hidden
+    hidden: Tensor = limits.eps * (2 + (d + p) / 32) * reach + limits.tiny * places**2
+    hidden.add_(a_squares.sum(1), alpha=limits.tiny * places * p)
+    return hidden.add_(g_squares.sum(1), alpha=limits.tiny * places * d)
