@@ -275,6 +275,8 @@ def test_without_privacy_only_infonce_is_trained(folder: Path) -> None:
     with pytest.raises(Refused, match="only the infonce objective") as refused:
         check_plan(site, replace(asked(), plan=plain_plan(objective="anchored")))
     assert refused.value.code is RefusalCode.POLICY
+    with pytest.raises(Refused, match="'dp-adambc' subtracts noise, and without privacy there is none"):
+        check_plan(site, replace(asked(), plan=plain_plan(optimizer="dp-adambc")))
 
 
 def test_a_request_whose_deadline_passed_is_refused_before_anything_is_touched(folder: Path) -> None:
@@ -312,3 +314,15 @@ def test_all_rounds_together_cost_what_the_plan_says_and_no_more(rounds: int, fo
     exactly = f"min-noise-multiplier = {mechanism.noise_multiplier!r}"
     (folder / "site.toml").write_text(text.replace("min-noise-multiplier = 0.9", exactly))
     assert mechanism_for(Site.open(folder), plan(rounds=rounds)) == mechanism
+
+
+def test_an_objective_of_groups_has_twice_the_noise_at_the_same_cost(folder: Path) -> None:
+    text = (folder / "site.toml").read_text()
+    (folder / "site.toml").write_text(text.replace("min-noise-multiplier = 0.9", ""))
+    alone, grouped = (
+        mechanism_for(Site.open(folder), plan(objective=objective))
+        for objective in ("anchored", "microbatch")
+    )
+    assert (alone.kind, grouped.kind) == ("anchored", "microbatch")
+    assert grouped.event == alone.event
+    assert grouped.noise_std == 2 * alone.noise_std
