@@ -170,9 +170,13 @@ def epsilon_from_guesses(
         delta: In (0, 1) and at most 1 / (2 m), where the test is monotone in epsilon.
         confidence: In (0, 1).
 
+    Raises:
+        ValueError: not 0 <= v <= r <= m.
+
     Source:
         Steinke, Nasr, Jagielski (2023), arXiv:2305.08846, theorem 5.2 and appendix D.
     """
+    _check_guesses(canaries, guesses, correct)
     significance = 1 - confidence
 
     def rejected(epsilon: float) -> bool:
@@ -204,10 +208,14 @@ def mu_from_guesses(*, canaries: int, guesses: int, correct: int, confidence: fl
         correct: v <= r of them right.
         confidence: In (0, 1).
 
+    Raises:
+        ValueError: not 0 <= v <= r <= m.
+
     Source:
         Mahloujifar, Melis, Chaudhuri (2024), arXiv:2410.22235, algorithm 3 with two symbols and the trade-off
         curve of N(0, 1) against N(mu, 1).
     """
+    _check_guesses(canaries, guesses, correct)
     significance = 1 - confidence
 
     def rejected(mu: float) -> bool:
@@ -293,6 +301,11 @@ def _largest(rejected: Callable[[float], bool], *, limit: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if rejected(middle) else (low, middle)
     return low
+
+
+def _check_guesses(canaries: int, guesses: int, correct: int) -> None:
+    if not 0 <= correct <= guesses <= canaries:
+        raise ValueError(f"expected 0 <= {correct=} <= {guesses=} <= {canaries=}")
 
 
 def _check(

@@ -19,7 +19,14 @@ from client.batches import TrainingData
 from client.objectives import Anchors
 from client.training import train_privately
 from encoders.fitting import Pairs
-from encoders.objectives import anchored_loss, anchored_sigmoid_loss, grouped_infonce_loss, same_meaning
+from encoders.objectives import (
+    anchored_loss,
+    anchored_sigmoid_loss,
+    grouped_infonce_loss,
+    same_meaning,
+    soft_positives,
+    text_similarity,
+)
 from encoders.parts import TrainablePart, trainable_part
 from privacy.bookkeeping import BookKeepingEngine
 from privacy.engine import Batch, ClippingEngine, PatientLosses
@@ -567,6 +574,7 @@ def data_of(part: TrainablePart, cohort: list[tuple[int, int]]) -> TrainingData:
         pairs=Pairs.of(part, pictures[[picture for _, picture in cohort]], texts),
         patients=np.array([patient for patient, _ in cohort]),
         masked=torch.from_numpy(same_meaning(texts, ANCHORS)),
+        positives=torch.from_numpy(soft_positives(text_similarity(texts, ANCHORS), least=0.2)),
     )
 
 

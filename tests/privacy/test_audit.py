@@ -198,6 +198,17 @@ def test_an_ideal_gaussian_mechanism_is_bounded_from_as_near_as_published(
     assert all(mean > bound for mean, bound in zip(means, least, strict=True)), means
 
 
+def test_the_shares_that_are_guessed_share_the_significance() -> None:
+    included = np.arange(1_000) % 2 == 0
+    scores = np.where(included, 1.0, 0.0)
+    for shares in ((0.5,), (0.5, 0.1)):
+        each: dict[str, Any] = {"canaries": 1_000, "guesses": 500, "correct": 500}
+        each["confidence"] = 1 - 0.05 / len(shares)
+        bounds = audit_one_run(scores, included, delta=DELTA, guessed_shares=shares).bounds
+        assert bounds[Form.EPSILON_DELTA] == pytest.approx(epsilon_from_guesses(**each, delta=DELTA))
+        assert bounds[Form.F_DP] == pytest.approx(gaussian_epsilon(mu_from_guesses(**each), delta=DELTA))
+
+
 def test_half_the_noise_escapes_the_form_without_assumptions_and_no_other() -> None:
     scores, included = gaussian_game(5_000, 2.0, np.random.default_rng(4))
     claimed = gaussian_epsilon(1.0, delta=DELTA)
@@ -310,3 +321,12 @@ def test_what_no_audit_can_be_made_of_is_refused(changes: dict[str, Any], text: 
     given_: dict[str, Any] = {"scores": np.arange(4.0), "included": np.arange(4) > 1, "delta": DELTA}
     with pytest.raises(ValueError, match=text):
         audit_one_run(**{**given_, **changes})
+
+
+@pytest.mark.parametrize(("guesses", "correct"), [(5, 6), (11, 3), (5, -1)])
+def test_more_right_guesses_than_guesses_or_canaries_are_refused(guesses: int, correct: int) -> None:
+    guess: dict[str, Any] = {"canaries": 10, "guesses": guesses, "correct": correct, "confidence": 0.9}
+    with pytest.raises(ValueError, match="expected 0 <= correct="):
+        mu_from_guesses(**guess)
+    with pytest.raises(ValueError, match=f"guesses={guesses} <= canaries=10"):
+        epsilon_from_guesses(**guess, delta=DELTA)
