@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from client.cohort import Cohort, CohortSettings, build_cohort
-from client.cohort.text import training_text
+from client.text.sections import training_text
 from clipward.synthetic.pairs import synthetic_pairs
 from encoders.clip import ClipEncoder
 from encoders.fitting import Pairs, fit_infonce

@@ -5,7 +5,7 @@ from dataclasses import replace
 from client.cohort.outcomes import Code, RefusedError, Rejected, State
 from client.cohort.sources import Candidate
 from client.cohort.tables import KEYS, KeyedRows, Table, label_value
-from client.cohort.text import training_text
+from client.text.sections import training_text
 
 
 class Pairing:

@@ -1,0 +1,26 @@
+"""One token for everything that was removed from a text."""
+
+import re
+
+MASK = "___"  # as MIMIC writes what was removed; OpenI writes XXXX, older releases [** ... **]
+
+_PLAIN = re.compile(r"(?:_{2,}|\bX{4,})_*")
+_RUN = re.compile(rf"{MASK}(?:\s+{MASK})+")
+
+
+def unify_masks(text: str) -> str:
+    """Write every mask as ``MASK``, and masks that follow each other as one.
+
+    Guarantees:
+        The result of a result is itself. Takes time linear in the text.
+    """
+    return _RUN.sub(MASK, _PLAIN.sub(MASK, _without_brackets(text)))
+
+
+def _without_brackets(text: str) -> str:
+    # By hand: the regex would look for an end from every beginning, which is quadratic where there is none.
+    kept, begin = [], 0
+    while (start := text.find("[**", begin)) >= 0 and (end := text.find("**]", start + 3)) >= 0:
+        kept += [text[begin:start], MASK]
+        begin = end + 3
+    return "".join([*kept, text[begin:]])

@@ -1,0 +1,43 @@
+"""The package's word lists, and one way of writing words so that spellings meet."""
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+# What survives decomposition: letters of their own that a plain keyboard writes in two.
+_LIGATURES = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d", "ð": "d", "þ": "th"})
+
+
+def word_list(name: str) -> Any:
+    """Return the content of the package's file ``name``, as YAML gives it."""
+    return parse_yaml(resources.files("client.text").joinpath(name).read_text(encoding="utf-8"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML document says.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506, both are safe
+
+
+def every_word(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """The entries of all languages."""
+    for entries in lists.values():
+        yield from entries
+
+
+def fold(text: str) -> str:
+    """Return ``text`` in lower case without accents: "Résumé" and "RESUME" meet, "Müller" is "muller".
+
+    Guarantees:
+        The result of a result is itself.
+    """
+    if text.isascii():
+        return text.lower()
+    decomposed = unicodedata.normalize("NFKD", text.casefold().translate(_LIGATURES))
+    return "".join(character for character in decomposed if not unicodedata.combining(character))
