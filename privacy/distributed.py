@@ -44,9 +44,9 @@ class DistributedEngine:
         Raises:
             UnsoundTraining: the processes disagree on ``max_grad_norm`` or on how many numbers are trained.
         """
-        total = self._engine.clipped_sum(batch, max_grad_norm=max_grad_norm)
-        device = next(iter(total.values())).device
-        count = sum(value.numel() for value in total.values())
+        raw_total = self._engine.clipped_sum(batch, max_grad_norm=max_grad_norm)
+        device = next(iter(raw_total.values())).device
+        count = sum(value.numel() for value in raw_total.values())
         mine = torch.tensor([max_grad_norm, count], dtype=torch.float64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(everyone, mine, group=self._group)
@@ -55,9 +55,9 @@ class DistributedEngine:
             raise UnsoundTraining(
                 f"expected the same max_grad_norm and trained numbers in all processes, got {found}"
             )
-        for value in total.values():
+        for value in raw_total.values():
             dist.all_reduce(value, group=self._group)
-        return total
+        return raw_total
 
 
 def release_together(

@@ -213,5 +213,5 @@ image-size = {IMAGE_SIZE_PIXELS:<21} # pixels; images are packed at this size
 require-dp = true                  # nothing leaves without clipping and noise
 epsilon-max = {EPSILON_MAX:<20} # for all runs together, add-or-remove-one patient
 delta = {delta:<26} # below 1 / (10 * patients-declared)
-min-patients = {min(MIN_PATIENTS, patients):<19} # fewer are not trained on
+min-patients = {min(MIN_PATIENTS, patients):<19} # of patients-declared; fewer are refused
 """

@@ -290,6 +290,12 @@ COHORTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def a_slow_machine_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are rounded up to far more than any round here takes; `test_answers` knows the real step."""
+    monkeypatch.setattr(answers, "COARSE_SECONDS", 600)
+
+
 def stories(outside: Outside, *cohorts: str) -> list[list[str]]:
     """What is told outside when the second hospital has these patients; its noise has a fixed seed."""
     told = []
@@ -306,6 +312,7 @@ def stories(outside: Outside, *cohorts: str) -> list[list[str]]:
     return told
 
 
+@pytest.mark.usefixtures("a_slow_machine_is_no_leak")
 def test_nothing_but_noised_arrays_depends_on_the_patients(outside: Outside) -> None:
     """Whoever they are and however many: every message, event and line of the log is the same, bit for bit.
 
@@ -374,6 +381,7 @@ def refused_by_true_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "_mind_small_cohort", strict)
 
 
+@pytest.mark.usefixtures("a_slow_machine_is_no_leak")
 @pytest.mark.parametrize(
     "plant",
     [
