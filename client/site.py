@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from client.cohort import Cohort, CohortSettings, build_cohort
 from client.limits import Policy
+from client.reports.settings import ReportSettings
 from privacy.accounting import default_delta
 from privacy.ledger import Ledger
 from privacy.signing import SiteKey
@@ -114,7 +115,7 @@ class Site:
         source = self.settings.cohort
         settings = CohortSettings(
             dicom=self._path(source.dicom),
-            reports=self._path(source.reports),
+            reports=ReportSettings.of(source, self.folder),
             table=self._path(source.table),
             where=source.where,
             labels=self._path(source.labels),

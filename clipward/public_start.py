@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from client.cohort import Cohort, CohortSettings, build_cohort
+from client.reports.settings import ReportSettings
 from client.text.sections import training_text
 from clipward.synthetic.pairs import synthetic_pairs
 from encoders.clip import ClipEncoder
@@ -82,7 +83,7 @@ def _packed(data: PublicData | None, folder: Path, tell: Progress) -> Cohort | N
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = CohortSettings(
         dicom=data.dicom,
-        reports=data.reports,
+        reports=ReportSettings.of(data, Path()),
         table=data.table,
         where=data.where,
         labels=data.labels,

@@ -198,9 +198,8 @@ def without_privacy(federation: Federation, *, runs: Path, on_progress: Progress
         _packed(site, on_progress)
         settings = site.settings.model_dump(mode="json", by_alias=True, exclude_none=True)
         settings["policy"]["require-dp"] = False
-        for source in ("dicom", "reports", "labels", "table"):
-            if source in settings["cohort"]:
-                settings["cohort"][source] = str((folder / settings["cohort"][source]).resolve())
+        cohort = site.settings.cohort.relative_to(folder.resolve())
+        settings["cohort"] = cohort.model_dump(mode="json", by_alias=True, exclude_none=True)
         _write_site(root / folder.name, settings)
         shared = root / folder.name / "cohort"
         if not shared.exists():

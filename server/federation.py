@@ -268,7 +268,7 @@ class Federation(Settings):
         """The settings as they may be shown to anyone: JSON-ready, without a path of this machine."""
         shown = self.model_dump(mode="json", by_alias=True, exclude={"simulation"}, exclude_none=True)
         for table in (shown.get("public-start", {}), shown["evaluation"].get("data", {})):
-            for source in ("dicom", "reports", "labels", "table"):
+            for source in PairSource.path_keys():
                 table.pop(source, None)
         shown["model"]["encoder"] = Path(self.model.encoder).name
         return shown
@@ -304,5 +304,7 @@ class Federation(Settings):
 
 
 def _absolute(table: Settings, folder: Path) -> Settings:
+    if isinstance(table, PairSource):
+        return table.relative_to(folder)
     paths = {name: folder / value for name, value in table if isinstance(value, Path)}
     return table.model_copy(update=paths)

@@ -3,9 +3,9 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class SettingsError(ValueError):
@@ -50,30 +50,65 @@ class Settings(BaseModel):
             raise SettingsError("\n".join([f"{source} cannot be used:", *lines])) from None
 
 
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_several)]  # in TOML one string, or a list of them
+
+
 class PairSource(Settings):
-    """Where image-text pairs are: a DICOM folder with a reports CSV, or an image table.
+    """Where image-text pairs are: a DICOM folder with reports, or an image table.
 
     Attributes:
-        dicom: Folder of DICOM files, with ``reports``, a CSV.
-        reports: One report per study.
+        dicom: Folder of DICOM files; structured reports among them are read, others are named below.
+        reports: CSV or Parquet files of reports.
+        reports_hl7: Files of HL7 v2 ORU messages, or folders of them.
+        reports_fhir: JSON or NDJSON files of FHIR DiagnosticReports, or folders of them.
+        reports_text: Folders of text files.
+        reports_sr: DICOM structured reports that are not in ``dicom``, or folders of them.
+        reports_text_pattern: Regular expression with the named groups accession, study_uid, or patient and
+            study_id, which the end of a text file's path matches; by default that of MIMIC-CXR.
+        hl7_accession: Fields such as ``OBR-18`` that hold the accession number, the first choice first.
         table: Instead of them, an image table (CSV: image, text, patient_id, perhaps split).
         where: Only the rows of ``table`` with these values.
         labels: CSV of labels, for evaluation only.
     """
 
     dicom: Path | None = None
-    reports: Path | None = None
+    reports: Paths = ()
+    reports_hl7: Paths = ()
+    reports_fhir: Paths = ()
+    reports_text: Paths = ()
+    reports_sr: Paths = ()
+    reports_text_pattern: str | None = None
+    hl7_accession: tuple[str, ...] | None = None
     table: Path | None = None
     where: dict[str, str] = Field(default_factory=dict)
     labels: Path | None = None
+
+    PATHS: ClassVar = ("dicom", "table", "labels")
+    REPORTS: ClassVar = ("reports", "reports_hl7", "reports_fhir", "reports_text", "reports_sr")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.table is None) == (self.dicom is None):
             raise ValueError("name one source: table, or dicom with reports")
-        if (self.dicom is None) != (self.reports is None):
-            raise ValueError("dicom and reports belong together")
+        for name in self.REPORTS:
+            if getattr(self, name) and self.dicom is None:
+                raise ValueError(f"{_kebab(name)} belong to dicom; a table brings its own texts")
         return self
+
+    @classmethod
+    def path_keys(cls) -> list[str]:
+        """The keys that TOML uses for paths, which are nobody else's business."""
+        return [_kebab(name) for name in (*cls.PATHS, *cls.REPORTS)]
+
+    def relative_to(self, folder: Path) -> Self:
+        """These settings with every relative path below ``folder``."""
+        single = {name: folder / path for name in self.PATHS if (path := getattr(self, name)) is not None}
+        several = {name: tuple(folder / path for path in getattr(self, name)) for name in self.REPORTS}
+        return self.model_copy(update={**single, **several})
 
 
 def _explain(model: type[BaseModel], mistake: dict[str, Any]) -> str:

@@ -3,8 +3,10 @@
 import hmac
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from client.cohort.dicom_folder import DicomFolder
@@ -17,8 +19,10 @@ from client.cohort.sources import Candidate, Source, stamp
 from client.cohort.store import Cohort, CohortWriter, Row, locked, open_cohort, stored_fingerprint
 from client.cohort.tables import read_table
 from client.cohort.workers import Workers
+from client.reports.index import ReportIndex
+from client.reports.report import Report
 
-PIPELINE = 1  # raised with every change of the pixels or texts that come out
+PIPELINE = 2  # raised with every change of the pixels or texts that come out
 
 logger = logging.getLogger(f"clipward.{__name__}")
 
@@ -55,52 +59,64 @@ def build_cohort(
     with locked(out):
         if stored_fingerprint(out) == fingerprint:
             return open_cohort(out)
-    pairing = Pairing(
-        reports=read_table(settings.reports) if settings.reports else None,
-        labels=read_table(settings.labels) if settings.labels else None,
-    )
     # Processes start before the lock is taken: one that runs the caller's script again, as spawned processes
     # do, would wait for it for ever.
-    with Workers(workers, items=len(source)) as pool, locked(out):
+    with Workers(workers, items=len(source)) as pool, locked(out), ReportIndex() as reports:
         if stored_fingerprint(out) == fingerprint:
             return open_cohort(out)
         with CohortWriter(out, image_size=settings.image_size, key=settings.key) as writer:
-            _pack(settings, source, pairing, pool, writer, _Progress(2 * len(source), on_progress))
-            writer.finish(
-                pipeline=PIPELINE, fingerprint=fingerprint, unpaired_reports=pairing.unpaired_reports
-            )
+            _pack(settings, source, reports, pool, writer, _Progress(2 * len(source), on_progress))
+            writer.finish(pipeline=PIPELINE, fingerprint=fingerprint, unpaired_reports=reports.unpaired)
         logger.info("packed a cohort with pipeline %d", PIPELINE)
         return open_cohort(out)
 
 
 def _open_source(settings: CohortSettings) -> Source:
     if settings.dicom is not None:
-        return DicomFolder(settings.dicom)
+        return DicomFolder(settings.dicom, without=frozenset(_reports_below(settings, settings.dicom)))
     if settings.table is not None:
         return ImageTable(settings.table, settings.where)
     raise CohortSettingsError("expected exactly one of cohort.dicom and cohort.table")
 
 
+def _reports_below(settings: CohortSettings, root: Path) -> Iterator[Path]:
+    """Yield the files below ``root`` that are read as tables or messages: they end in one state only."""
+    below = Path(os.path.abspath(root))
+    for source in settings.report_settings.sources():
+        for path in map(Path, map(os.path.abspath, source.files())):
+            if path.is_relative_to(below):
+                yield root / path.relative_to(below)
+
+
 def _pack(
     settings: CohortSettings,
     source: Source,
-    pairing: Pairing,
+    reports: ReportIndex,
     pool: Workers,
     writer: CohortWriter,
     progress: "_Progress",
 ) -> None:
     """Send every input of the source either into the cohort or among those left out."""
-    candidates: list[tuple[str, Candidate]] = []
+    pairing = Pairing(reports=reports, labels=read_table(settings.labels) if settings.labels else None)
+    for report_source in settings.report_settings.sources():
+        for report in report_source.read():
+            _take_report(report.name, report.outcome, reports, writer)
+    found: list[tuple[str, Candidate]] = []
     for entry in source.scan(pool.map):
-        outcome = entry.outcome
-        if isinstance(outcome, Candidate):
-            outcome = pairing.complete(outcome)
-        if isinstance(outcome, Candidate):
-            candidates.append((entry.name, outcome))
+        if isinstance(entry.outcome, Candidate):
+            found.append((entry.name, entry.outcome))
             progress.add(1)
         else:
-            writer.leave_out(entry.name, outcome)
+            _take_report(entry.name, entry.outcome, reports, writer)
             progress.add(2)
+    candidates: list[tuple[str, Candidate]] = []
+    for name, candidate in found:  # only now: the report of an image may lie behind it in the folder
+        outcome = pairing.complete(candidate)
+        if isinstance(outcome, Candidate):
+            candidates.append((name, outcome))
+        else:
+            writer.leave_out(name, outcome)
+            progress.add(1)
     render = partial(source.render, size=settings.image_size)
     images = pool.map(render, [candidate.path for _, candidate in candidates])
     for (name, candidate), image in zip(candidates, images, strict=True):
@@ -110,6 +126,14 @@ def _pack(
             remarks = (*candidate.remarks, *image.remarks)
             writer.add(name, _row(settings, candidate), image.pixels, remarks)
         progress.add(1)
+
+
+def _take_report(name: str, outcome: Report | Rejected, reports: ReportIndex, writer: CohortWriter) -> None:
+    rejected = outcome if isinstance(outcome, Rejected) else reports.add(outcome)
+    if rejected is not None:
+        writer.leave_out(name, rejected)
+    elif isinstance(outcome, Report):
+        writer.take_report(name, outcome.remarks)
 
 
 def _row(settings: CohortSettings, candidate: Candidate) -> Row:
@@ -136,9 +160,12 @@ def _keyed(settings: CohortSettings, *parts: str) -> bytes:
 def _fingerprint(settings: CohortSettings, source: Source) -> str:
     """Return what changes when the cohort would come out differently, without reading an image."""
     digest = hmac.new(settings.key, digestmod="sha256")
-    tables = [path for path in (settings.reports, settings.labels) if path is not None]
+    reports = settings.report_settings
     facts = [PIPELINE, settings.image_size, settings.test_fraction, sorted(settings.where.items())]
-    for line in (json.dumps(facts), *source.stamps(), *(stamp(path, path.name) for path in tables)):
+    facts.extend(reports.facts())
+    labels = (stamp(path, path.name) for path in (settings.labels,) if path is not None)
+    told = (line for kind in reports.sources() for line in kind.stamps())
+    for line in chain([json.dumps(facts)], source.stamps(), told, labels):
         digest.update(line.encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()
 

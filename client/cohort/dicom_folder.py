@@ -1,7 +1,7 @@
 """A folder of DICOM files, as exported from a PACS: any names, any depth, anything in between."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ from client.cohort.dicom_file import check_decodable, frame_count, quietly, read
 from client.cohort.errors import SourceMissingError
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
 from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
+from client.reports.report import Report
+from client.reports.sr import REPORT_CLASSES, issuer_of, read_report
 
 PROJECTIONS = frozenset(
     {
@@ -76,19 +78,27 @@ _HEADER_KEYWORDS = (
     "SOPClassUID",
     "AccessionNumber",
     "BurnedInAnnotation",
+    "IssuerOfAccessionNumberSequence",
     "NumberOfFrames",
     "PatientID",
     "PresentationIntentType",
     "SpecificCharacterSet",
+    "StudyID",
     "ViewPosition",
 )
 
 
 @dataclass(frozen=True, repr=False)
 class DicomFolder:
-    """Every file below ``root``; links to folders are not followed."""
+    """Every file below ``root`` but those ``without`` which it is; links to folders are not followed.
+
+    Attributes:
+        root: The folder.
+        without: Files below it that are read as something else, such as a table of reports.
+    """
 
     root: Path
+    without: Collection[Path] = frozenset()
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -97,7 +107,7 @@ class DicomFolder:
         paths = (
             Path(folder) / name for folder, _, names in os.walk(self.root, onerror=_stop) for name in names
         )
-        return sorted(path for path in paths if path.is_file())
+        return sorted(path for path in paths if path.is_file() and path not in self.without)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -136,13 +146,16 @@ class DicomFolder:
         return path.relative_to(self.root).as_posix()
 
 
-def read_header(path: Path) -> Candidate | Rejected:
-    """Judge a file by its header; nothing a file holds makes this raise."""
+def read_header(path: Path) -> Candidate | Report | Rejected:
+    """Judge a file by its header, and read all of a structured report; no file makes this raise."""
     remarks: list[Code] = []
     try:
         with quietly(remarks):
             dataset, noted = read_dataset(path, keywords=_HEADER_KEYWORDS, pixels=False)
+            if dataset.get("SOPClassUID") in REPORT_CLASSES:
+                return read_report(path)
             accession, study, patient, uid = _judge(dataset)
+            issuer, study_id = issuer_of(dataset), _text(dataset, "StudyID")
             if frame_count(dataset) > 1:
                 noted.append(Code.W_MULTIFRAME)
     except RefusedError as refusal:
@@ -155,7 +168,12 @@ def read_header(path: Path) -> Candidate | Rejected:
         path=path,
         patient=patient,
         study=study,
-        keys={"accession_number": accession, "study_instance_uid": study},
+        keys={
+            "accession_number": accession,
+            "issuer": issuer,
+            "study_instance_uid": study,
+            "study_id": study_id,
+        },
         uid=uid,
         remarks=(*noted, *remarks),
     )

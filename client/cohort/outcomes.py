@@ -17,6 +17,7 @@ class State(StrEnum):
     UNSUPPORTED = "unsupported"
     QUARANTINED = "quarantined"
     IGNORED = "ignored"
+    REPORT = "report"
 
 
 class Code(StrEnum):
@@ -38,6 +39,7 @@ class Code(StrEnum):
     E_DECODER_MISSING = "E_DECODER_MISSING", "no decoder is installed for this compression"
     E_DECODE = "E_DECODE", "the pixels cannot be decoded"
     E_CRASHED = "E_CRASHED", "the decoder died on this file"
+    E_TIMEOUT = "E_TIMEOUT", "reading it took longer than a file may take"
     E_TOO_LARGE = "E_TOO_LARGE", "more pixels than an image may have"
     E_BLANK = "E_BLANK", "every pixel has the same value"
     E_BURNED_IN = "E_BURNED_IN", "patient data may be burned into the pixels"
@@ -48,12 +50,34 @@ class Code(StrEnum):
     E_REPORT_CONFLICT = "E_REPORT_CONFLICT", "accession number and study UID name different reports"
     E_NO_PATIENT = "E_NO_PATIENT", "no patient id, so no patient's privacy can be promised"
     E_PATIENT_MISMATCH = "E_PATIENT_MISMATCH", "image and report name different patients"
+    E_NOT_REPORT = "E_NOT_REPORT", "nothing in it is a radiology report"
+    E_NO_KEY = "E_NO_KEY", "the report names neither accession number nor study UID"
+    E_REPORT_FORM = "E_REPORT_FORM", "the report is a PDF, a picture or a link; export it as text"
+    E_REPORT_TOO_LARGE = "E_REPORT_TOO_LARGE", "more text or deeper nesting than a report may have"
+    E_REPORT_PARTIAL = "E_REPORT_PARTIAL", "a structured report that does not call itself complete"
+    E_REPORT_WITHDRAWN = "E_REPORT_WITHDRAWN", "the report was cancelled or entered in error"
+    E_MEASUREMENTS = "E_MEASUREMENTS", "a structured report of measurements, without sentences"
+    E_ADDENDUM_ONLY = "E_ADDENDUM_ONLY", "an addendum without the report it adds to"
+    E_DUPLICATE_REPORT = "E_DUPLICATE_REPORT", "an earlier report has the same keys, time and text"
     E_BAD_SPLIT = "E_BAD_SPLIT", "the split column holds neither train nor test"
+    E_FETCH_LIST = "E_FETCH_LIST", "the PACS does not tell what the study holds"
+    E_FETCH_STATUS = "E_FETCH_STATUS", "the PACS answers with an error instead of the object"
+    E_FETCH_CUT = "E_FETCH_CUT", "what the PACS sends breaks off or is no DICOM object"
+    E_FETCH_SILENT = "E_FETCH_SILENT", "the PACS does not answer in time"
+    E_FETCH_MISSING = "E_FETCH_MISSING", "the PACS lists it and does not send it"
+    E_FETCH_UNKNOWN = "E_FETCH_UNKNOWN", "the PACS has no study of this accession number or UID"
+    E_DICOMDIR = "E_DICOMDIR", "a DICOMDIR; the files it lists are found without it"
+    E_ARCHIVE = "E_ARCHIVE", "a zip that cannot be opened; export it again or unpack it"
+    E_ARCHIVE_NESTED = "E_ARCHIVE_NESTED", "an archive inside an archive; unpack the outer one"
+    E_ARCHIVE_LOCKED = "E_ARCHIVE_LOCKED", "the zip needs a password; unpack it"
+    E_ARCHIVE_TOO_LARGE = "E_ARCHIVE_TOO_LARGE", "larger unpacked than a file in a zip may be; unpack it"
     W_NO_PREFIX = "W_NO_PREFIX", "read without the DICM prefix"
     W_CHARSET = "W_CHARSET", "unknown or wrong character set"
     W_HEADER = "W_HEADER", "an attribute breaks the standard and was read anyway"
     W_WINDOW_FALLBACK = "W_WINDOW_FALLBACK", "no usable window; 0.5 to 99.5 percentiles shown"
     W_MULTIFRAME = "W_MULTIFRAME", "only the middle frame is used"
+    W_PRELIMINARY = "W_PRELIMINARY", "the report is preliminary or unverified; there is no final one"
+    W_STATUS = "W_STATUS", "an unknown report status, read as preliminary"
     W_SPLIT_CONFLICT = "W_SPLIT_CONFLICT", "the patient is in both splits; all rows go to training"
 
     def __new__(cls, value: str, meaning: str) -> "Code":
@@ -69,7 +93,7 @@ class Rejected:
     """An input that does not enter the cohort.
 
     Attributes:
-        state: Any state but ``USED``.
+        state: Any state but ``USED`` and ``REPORT``.
         code: The reason.
         detail: A DICOM keyword or a package name that makes the reason precise; never a value from the file.
     """

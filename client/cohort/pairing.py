@@ -5,6 +5,7 @@ from dataclasses import replace
 from client.cohort.outcomes import Code, RefusedError, Rejected, State
 from client.cohort.sources import Candidate
 from client.cohort.tables import KEYS, KeyedRows, Table, label_value
+from client.reports.index import ReportIndex
 from client.text.sections import training_text
 
 
@@ -15,21 +16,14 @@ class Pairing:
     image does not bring its own text.
     """
 
-    def __init__(self, *, reports: Table | None, labels: Table | None) -> None:
-        """Index the tables.
+    def __init__(self, *, reports: ReportIndex, labels: Table | None) -> None:
+        """Take the reports, which have to be complete before the first image asks, and index the labels.
 
         Raises:
-            ColumnMissingError: A table has no key column, or the reports no column of texts.
+            ColumnMissingError: The table of labels has no key column.
         """
-        self._reports = _Rows(reports, "report") if reports is not None else None
-        self._labels = _Rows(labels) if labels is not None else None
-
-    @property
-    def unpaired_reports(self) -> int:
-        """How many report rows no image has asked for, those replaced by a later row included."""
-        if self._reports is None:
-            return 0
-        return len(self._reports.keyed.table.rows) - len(self._reports.asked)
+        self._reports = reports
+        self._labels = _Labels(labels) if labels is not None else None
 
     def complete(self, candidate: Candidate) -> Candidate | Rejected:
         """Return the candidate with its training text, labels and patient, or why it is left out."""
@@ -39,10 +33,8 @@ class Pairing:
             return refusal.rejected
 
     def _complete(self, candidate: Candidate) -> Candidate:
-        if self._reports is not None and candidate.text is None:
-            candidate = self._reports.add_to(candidate)
         if candidate.text is None:
-            raise RefusedError(State.UNPAIRED, Code.E_NO_REPORT)
+            candidate = self._with_report(candidate)
         if self._labels is not None:
             candidate = self._labels.add_to(candidate)
         if not candidate.patient:
@@ -52,33 +44,37 @@ class Pairing:
             raise RefusedError(State.UNPAIRED, Code.E_REPORT_EMPTY)
         return replace(candidate, text=text)
 
+    def _with_report(self, candidate: Candidate) -> Candidate:
+        report = self._reports.find(candidate.keys, patient=candidate.patient)
+        if report is None:
+            raise RefusedError(State.UNPAIRED, Code.E_NO_REPORT)
+        return replace(
+            candidate,
+            text=report.text,
+            patient=candidate.patient or report.patient,
+            labels={**candidate.labels, **report.labels},
+            remarks=(*candidate.remarks, *report.remarks),
+        )
 
-class _Rows:
-    """One table's contribution to the candidates."""
 
-    def __init__(self, table: Table, text: str | None = None) -> None:
-        self.keyed = KeyedRows(table)
-        self.asked: set[int] = set()
-        self._text = table.need(text) if text else None
+class _Labels:
+    """What a table of labels adds to the candidates."""
+
+    def __init__(self, table: Table) -> None:
+        self._keyed = KeyedRows(table)
         self._patient = table.column("patient_id")
-        taken = {self._text, self._patient, *(table.column(kind) for kind in KEYS)}
-        self._labels = table.label_columns(without=taken)
+        self._names = table.label_columns(without={self._patient, *(table.column(kind) for kind in KEYS)})
 
     def add_to(self, candidate: Candidate) -> Candidate:
-        """Return the candidate with what its row says; unchanged where there is no row."""
-        found = self.keyed.find(candidate.keys)
-        self.asked.update(found)
+        """Return the candidate with the labels of its row; unchanged where there is no row."""
+        found = self._keyed.find(candidate.keys)
         if not found:
             return candidate
         if len(found) > 1:
             raise RefusedError(State.QUARANTINED, Code.E_REPORT_CONFLICT)
-        row = self.keyed.table.rows[found[0]]
+        row = self._keyed.table.rows[found[0]]
         patient = row[self._patient] if self._patient else ""
         if patient and candidate.patient and patient != candidate.patient:
             raise RefusedError(State.QUARANTINED, Code.E_PATIENT_MISMATCH)
-        return replace(
-            candidate,
-            text=row[self._text] if self._text else candidate.text,
-            patient=candidate.patient or patient,
-            labels={**candidate.labels, **{name: label_value(row[name]) for name in self._labels}},
-        )
+        labels = {**candidate.labels, **{name: label_value(row[name]) for name in self._names}}
+        return replace(candidate, patient=candidate.patient or patient, labels=labels)

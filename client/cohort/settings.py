@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.cohort.errors import CohortSettingsError
+from client.reports.settings import ReportSettings
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 1024
 
@@ -15,7 +16,7 @@ class CohortSettings:
 
     Attributes:
         dicom: Folder of DICOM files, read recursively.
-        reports: CSV of reports for ``dicom``.
+        reports: Reports for ``dicom`` beside the structured reports in it; a path is a CSV or Parquet file.
         table: CSV with the columns image, text, patient_id and perhaps split.
         where: Keep only the rows of ``table`` with these values, column by column.
         labels: CSV of labels beside the reports or the table.
@@ -29,7 +30,7 @@ class CohortSettings:
     """
 
     dicom: Path | None = None
-    reports: Path | None = None
+    reports: Path | ReportSettings | None = None
     table: Path | None = None
     where: Mapping[str, str] = field(default_factory=dict)
     labels: Path | None = None
@@ -40,8 +41,8 @@ class CohortSettings:
     def __post_init__(self) -> None:
         if (self.dicom is None) == (self.table is None):
             raise CohortSettingsError("expected exactly one of cohort.dicom and cohort.table")
-        if (self.dicom is None) != (self.reports is None):
-            raise CohortSettingsError("expected cohort.reports with cohort.dicom, and only with it")
+        if self.dicom is None and self.report_settings:
+            raise CohortSettingsError("expected cohort.reports only with cohort.dicom")
         if self.where and self.table is None:
             raise CohortSettingsError("expected cohort.where only with cohort.table")
         if not MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE:
@@ -56,6 +57,13 @@ class CohortSettings:
     def __repr__(self) -> str:
         source = "dicom" if self.table is None else "table"
         return f"CohortSettings(source={source!r}, image_size={self.image_size})"
+
+    @property
+    def report_settings(self) -> ReportSettings:
+        """Every source of reports beside the images."""
+        if isinstance(self.reports, Path):
+            return ReportSettings(tables=(self.reports,))
+        return self.reports or ReportSettings()
 
     @property
     def key(self) -> bytes:

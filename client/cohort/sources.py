@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from client.cohort.errors import SourceMissingError
 from client.cohort.outcomes import Code, Rejected, Rendered
+from client.reports.report import Report
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,7 +33,8 @@ class Candidate:
         path: Where the image lies.
         patient: The patient's id as the source has it; may be empty.
         study: What groups the images of one examination.
-        keys: Values by which reports and labels are found, per kind of key.
+        keys: Values by which reports and labels are found: ``accession_number``, ``issuer`` of it,
+            ``study_instance_uid``, ``study_id``, ``image``.
         uid: What makes the image itself unique.
         text: The report, where the source brings it along.
         labels: Finding to value; NaN is unknown.
@@ -56,7 +58,7 @@ class Entry:
     """One input by its name, and what is known of it so far."""
 
     name: str
-    outcome: Candidate | Rejected
+    outcome: Candidate | Report | Rejected
 
 
 class Source(Protocol):

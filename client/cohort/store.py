@@ -133,6 +133,11 @@ class CohortWriter:
         self._counts[State.USED] += 1
         self._findings.extend((name, State.USED, remark, "") for remark in dict.fromkeys(remarks))
 
+    def take_report(self, name: str, remarks: Iterable[Code]) -> None:
+        """Count an input that gave a report."""
+        self._counts[State.REPORT] += 1
+        self._findings.extend((name, State.REPORT, remark, "") for remark in dict.fromkeys(remarks))
+
     def leave_out(self, name: str, rejected: Rejected) -> None:
         """Count an input that is no row, and list it with its reason."""
         self._counts[rejected.state] += 1

@@ -20,6 +20,10 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "study_instance_uid": ("study_uid",),
     "report": ("report_text", "text"),
     "patient_id": ("patient",),
+    "issuer_of_accession_number": ("issuer", "accession_issuer"),
+    "report_status": ("status", "result_status"),
+    "report_date": ("report_datetime", "reported_at", "issued", "signed_at"),
+    "language": ("lang",),
     "study_id": ("study",),
 }
 KEYS = ("accession_number", "study_instance_uid", "image")
@@ -69,7 +73,7 @@ class Table:
             for column in self.columns
             if column not in without
             and any(row[column] for row in self.rows)
-            and all(_is_label(row[column]) for row in self.rows)
+            and all(is_label(row[column]) for row in self.rows)
         ]
 
 
@@ -130,12 +134,13 @@ class KeyedRows:
         A row that agrees with every key goes before one that is only reached by some of them, so two
         studies under one accession number keep their own reports; the last of the agreeing rows counts.
         """
-        found = {row for kind, value in keys.items() if value for row in self._rows.get((kind, value), ())}
+        keys = {kind: value for kind, value in keys.items() if value and kind in KEYS}
+        found = {row for kind, value in keys.items() for row in self._rows.get((kind, value), ())}
         agreeing = [row for row in found if self._agrees(row, keys)]
         return [max(agreeing)] if agreeing else sorted(found)
 
     def _agrees(self, row: int, keys: Mapping[str, str]) -> bool:
-        return all(self._keys[kind][row] in ("", value) for kind, value in keys.items() if value)
+        return all(self._keys[kind][row] in ("", value) for kind, value in keys.items())
 
 
 def label_value(cell: str) -> float:
@@ -153,7 +158,8 @@ def label_value(cell: str) -> float:
     return value
 
 
-def _is_label(cell: str) -> bool:
+def is_label(cell: str) -> bool:
+    """Return whether ``label_value`` reads the cell."""
     try:
         label_value(cell)
     except ValueError:

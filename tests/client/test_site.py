@@ -78,9 +78,9 @@ def test_what_cannot_be_meant_is_refused_by_name(change: str, message: str, tmp_
     ("source", "message"),
     [
         ("", "name one source: table, or dicom with reports"),
-        ('dicom = "dicom"', "dicom and reports belong together"),
         ('table = "t.csv"\ndicom = "dicom"\nreports = "r.csv"', "name one source"),
-        ('table = "t.csv"\nreports = "r.csv"', "dicom and reports belong together"),
+        ('table = "t.csv"\nreports = "r.csv"', "reports belong to dicom"),
+        ('table = "t.csv"\nreports-hl7 = ["a", "b"]', "reports-hl7 belong to dicom"),
     ],
 )
 def test_a_cohort_has_one_source(source: str, message: str, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ import pytest
 
 import client.app
 from client import answers, training
-from client.cohort import SourceMissingError, build, dicom_folder, display, pairing
+from client.cohort import SourceMissingError, dicom_folder, display, pairing
 from client.cohort.store import CohortWriter
 from client.errors import Refused
 from client.releases import ReleaseStore
+from client.reports.index import ReportIndex
 from client.site import Site, packed_cohort
 from encoders.errors import EncoderError
 from encoders.tokenizer import TextTokenizer
@@ -133,7 +134,7 @@ LAYERS: list[Layer] = [
     ("ledger asked", Ledger, "spent", quoting(ZeroDivisionError), "failed", True),
     ("cohort opened", answers, "packed_cohort", quoting(SourceMissingError), "cohort", True),
     ("cohort scanned", dicom_folder, "read_header", raising(OSError(5, "bad", EVERYTHING)), "failed", True),
-    ("cohort read", build, "read_table", quoting(UnicodeError), "failed", True),
+    ("report kept", ReportIndex, "add", quoting(UnicodeError), "failed", True),
     ("image decoded", display, "display_image", quoting(SystemError), "cohort", False),
     ("report read", pairing, "training_text", quoting(IndexError), "failed", True),
     ("cohort written", CohortWriter, "add", raising(OSError(28, "full", EVERYTHING)), "failed", True),
@@ -154,7 +155,7 @@ LAYERS: list[Layer] = [
     ("reply useless", answers, "train_privately", not_a_number, "message", False),
 ]
 # These work once and are remembered, unless the memory is dropped.
-ONCE = (dicom_folder, build, display, pairing, CohortWriter, BundleStore, TextTokenizer)
+ONCE = (dicom_folder, ReportIndex, display, pairing, CohortWriter, BundleStore, TextTokenizer)
 
 
 def test_a_failure_in_any_layer_lets_out_a_code_and_nothing_else(

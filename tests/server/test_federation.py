@@ -87,7 +87,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     )
     assert federation.public_start is not None
     assert federation.public_start.dicom == tmp_path / "public"
-    assert federation.public_start.reports == tmp_path / "r.csv"
+    assert federation.public_start.reports == (tmp_path / "r.csv",)
     assert federation.public_start.labels is None
     assert federation.evaluation.data is not None
     assert federation.evaluation.data.table == tmp_path / "t.csv"
@@ -131,7 +131,7 @@ def test_an_absolute_path_stays(tmp_path: Path) -> None:
         ({"simulation": {}}, "name one of: sites, table"),
         ({"simulation": {"sites": "a", "table": "b"}}, "name one of: sites, table"),
         ({"public-start": {}}, "name one source: table, or dicom with reports"),
-        ({"public-start": {"dicom": "a"}}, "dicom and reports belong together"),
+        ({"public-start": {"table": "a", "reports": "b"}}, "reports belong to dicom"),
         ({"strategy": {"min-sites": 0}}, "greater than or equal to 1"),
         ({"strategy": {"min_site": 1}}, "did you mean 'min-sites'"),
         ({"training": {"rounds": 0}}, "greater than or equal to 1"),

@@ -12,11 +12,15 @@ from pydicom import DataElement, Dataset
 from pydicom.config import IGNORE
 from pydicom.uid import (
     MPEG2MPML,
+    BasicTextSRStorage,
     CTImageStorage,
     DigitalXRayImageStorageForPresentation,
     ImplicitVRLittleEndian,
     RLELossless,
     SecondaryCaptureImageStorage,
+)
+from pydicom.uid import (
+    KeyObjectSelectionDocumentStorage as KeyObjectSelection,
 )
 
 from client.cohort.dicom_folder import DicomFolder, read_header
@@ -61,7 +65,12 @@ def test_a_frontal_image_is_a_candidate(dicom: Dicom, path: Path) -> None:
         dataset.StudyInstanceUID,
         dataset.SOPInstanceUID,
     )
-    assert found.keys == {"accession_number": "A1", "study_instance_uid": dataset.StudyInstanceUID}
+    assert found.keys == {
+        "accession_number": "A1",
+        "issuer": "",
+        "study_instance_uid": dataset.StudyInstanceUID,
+        "study_id": "",
+    }
     assert found.remarks == ()
 
 
@@ -86,7 +95,8 @@ def test_frontal_and_unknown_views_are_candidates(dicom: Dicom, path: Path, view
         ({"SOPClassUID": None}, State.QUARANTINED, Code.E_TAG_MISSING, "SOPClassUID"),
         ({"BitsStored": None}, State.QUARANTINED, Code.E_TAG_MISSING, "BitsStored"),
         ({"Rows": None}, State.QUARANTINED, Code.E_TAG_MISSING, "Rows"),
-        ({"Rows": None, "SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11"}, State.IGNORED, Code.E_NOT_IMAGE, ""),
+        ({"Rows": None, "SOPClassUID": KeyObjectSelection}, State.IGNORED, Code.E_NOT_IMAGE, ""),
+        ({"Rows": None, "SOPClassUID": BasicTextSRStorage}, State.QUARANTINED, Code.E_REPORT_PARTIAL, ""),
     ],
 )
 def test_a_header_decides_on_an_image(

@@ -11,6 +11,7 @@ from client.cohort.image_table import ImageTable
 from client.cohort.outcomes import Code, Rejected, Rendered, State
 from client.cohort.sources import Candidate
 from client.cohort.workers import Workers
+from client.reports.report import Report
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-def outcomes(table: ImageTable) -> list[Candidate | Rejected]:
+def outcomes(table: ImageTable) -> list[Candidate | Report | Rejected]:
     return [entry.outcome for entry in table.scan(Workers(1, items=0).map)]
 
 

@@ -13,8 +13,7 @@ from client.cohort import CohortSettings, CohortSettingsError
     [
         ({}, "exactly one of cohort.dicom and cohort.table"),
         ({"dicom": Path("d"), "reports": Path("r"), "table": Path("t")}, "exactly one"),
-        ({"dicom": Path("d")}, "cohort.reports with cohort.dicom"),
-        ({"table": Path("t"), "reports": Path("r")}, "only with it"),
+        ({"table": Path("t"), "reports": Path("r")}, "cohort.reports only with cohort.dicom"),
         ({"dicom": Path("d"), "reports": Path("r"), "where": {"a": "b"}}, "only with cohort.table"),
         ({"table": Path("t"), "image_size": 15}, r"image_size=15 in \[16, 1024\]"),
         ({"table": Path("t"), "test_fraction": 1.0}, r"test_fraction=1.0 in \[0, 1\)"),
