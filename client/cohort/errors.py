@@ -30,3 +30,7 @@ class EmptyCohortError(CohortError):
 
 class StoredCohortError(CohortError):
     """A folder holds no cohort, one of another version, a damaged one, or something else entirely."""
+
+
+class WorkersError(CohortError):
+    """The processes that read files do not start."""
