@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 # What survives decomposition: letters of their own that a plain keyboard writes in two.
 _LIGATURES = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d", "ð": "d", "þ": "th"})
@@ -17,12 +17,12 @@ def word_list(name: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML document says.
+    """Return what a YAML document says, every scalar as text: "no" is a word here.
 
     Raises:
         yaml.YAMLError: It is no YAML.
     """
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506, both are safe
+    return yaml.load(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))  # noqa: S506, makes no objects
 
 
 def every_word(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
