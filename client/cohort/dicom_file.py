@@ -1,51 +1,23 @@
-"""One DICOM file: read whatever was written, decode its pixels, and stay quiet about it."""
+"""One DICOM file: read whatever was written, leave large pixels where they lie, and stay quiet about it."""
 
 import logging
+import mmap
+import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-from pydicom import Dataset, dcmread
-from pydicom.pixels import apply_color_lut, get_decoder
-from pydicom.uid import (
-    JPEG2000,
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom import DataElement, Dataset
+from pydicom.filereader import read_partial
+from pydicom.tag import Tag
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from client.cohort.outcomes import Code, RefusedError, State
 
-MAX_PIXELS = 100_000_000  # twice the largest mammogram; a lying header asks for more
-
-# pydicom tries plugins by name; measured on one 2544 x 3056 radiograph: RLE pylibjpeg 15 ms, pydicom 88;
-# JPEG-LS pyjpegls 143, gdcm 214; JPEG 2000 openjpeg 717, pillow 725, gdcm 869. Others have one decoder only.
-FASTEST_PLUGIN: Mapping[UID, str] = {
-    RLELossless: "pylibjpeg",
-    JPEGBaseline8Bit: "pillow",
-    JPEGLSLossless: "pyjpegls",
-    JPEGLSNearLossless: "pyjpegls",
-    JPEG2000Lossless: "pylibjpeg",
-    JPEG2000: "pylibjpeg",
-}
-_NATIVE = (
-    ImplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    DeflatedExplicitVRLittleEndian,
-)
 _PREFIX_OFFSET, _PREFIX = 128, b"DICM"  # PS3.10 7.1
+_PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF  # PS3.5 7.1.1
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00", b"\x00\x08")  # 0002, 0008, and 0008 big endian
 
 
@@ -53,6 +25,12 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
     """Read the named attributes of a file and no others.
 
     A file without the DICM prefix is read all the same when it begins like a data set.
+
+    Args:
+        path: The file.
+        keywords: Attributes to read.
+        pixels: Whether ``PixelData`` is wanted. Uncompressed, it is not read but mapped: its value is a
+            memoryview, and a file that loses its end while that is in use ends the process (SIGBUS).
 
     Returns:
         The data set, and the remarks made while reading.
@@ -70,7 +48,7 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
                 raise RefusedError(State.IGNORED, Code.E_NOT_DICOM)
             remarks.append(Code.W_NO_PREFIX)
         file.seek(0)
-        dataset = dcmread(file, force=True, stop_before_pixels=not pixels, specific_tags=list(keywords))
+        dataset = _parse(file, keywords, pixels=pixels)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little_endian = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
@@ -78,58 +56,28 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
     return dataset, remarks
 
 
-def check_decodable(dataset: Dataset) -> None:
-    """Refuse pixels that nothing installed here can decode.
+def _parse(file: BinaryIO, keywords: Collection[str], *, pixels: bool) -> Dataset:
+    """Read to the end, but map an uncompressed ``PixelData``, or stop at it where it is not wanted."""
+    size = os.fstat(file.fileno()).st_size
+    start = stop = 0
 
-    Raises:
-        RefusedError: The transfer syntax is unknown (video, say) or its decoder is not installed.
-    """
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise RefusedError(State.UNSUPPORTED, Code.E_TRANSFER_SYNTAX, str(syntax.name)) from None
-    if not decoder.is_available:
-        raise RefusedError(State.UNSUPPORTED, Code.E_DECODER_MISSING, str(syntax.name))
+    def at_pixels(tag: int, _: str | None, length: int) -> bool:
+        nonlocal start, stop
+        if tag != _PIXEL_DATA or not pixels:
+            return tag == _PIXEL_DATA
+        # Compressed pixels have no length; a deflated data set has been read to the end of its file.
+        if length in (0, _UNDEFINED) or file.tell() == size:
+            return False
+        start, stop = file.tell(), file.tell() + length
+        return True
 
-
-def decode(dataset: Dataset) -> NDArray[Any]:
-    """Decode one frame, the middle one where there are several.
-
-    Returns:
-        Stored values, shape (H, W), or RGB, shape (H, W, 3).
-
-    Raises:
-        RefusedError: The pixels are absent, too many or too few.
-        Exception: Whatever a decoder raises on a broken stream.
-    """
-    if "PixelData" not in dataset:
-        raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, "PixelData")
-    pixels = int(dataset.Rows) * int(dataset.Columns)
-    if pixels > MAX_PIXELS:
-        raise RefusedError(State.QUARANTINED, Code.E_TOO_LARGE)
-    frames = frame_count(dataset)
-    syntax = dataset.file_meta.TransferSyntaxUID
-    samples = int(dataset.get("SamplesPerPixel", 1))
-    if syntax in _NATIVE and samples == 1:
-        expected_bytes = pixels * frames * int(dataset.BitsAllocated) // 8
-        if len(dataset.PixelData) < expected_bytes:
-            raise RefusedError(State.QUARANTINED, Code.E_TRUNCATED)
-    decoder = get_decoder(syntax)
-    plugin = FASTEST_PLUGIN.get(syntax, "")
-    array, _ = decoder.as_array(
-        dataset,
-        index=frames // 2,
-        decoding_plugin=plugin if plugin in decoder.available_plugins else "",
-    )
-    if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        array = apply_color_lut(array, dataset)
-    return np.asarray(array)
-
-
-def frame_count(dataset: Dataset) -> int:
-    """Return the number of frames, 1 where the attribute is absent or empty."""
-    return int(dataset.get("NumberOfFrames") or 1)
+    tags = [Tag(keyword) for keyword in keywords]
+    dataset: Dataset = read_partial(file, stop_when=at_pixels, force=True, specific_tags=tags)
+    if stop:
+        # Never closed: the mapping ends with the last view of it.
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        dataset.add(DataElement("PixelData", "OW", mapped[start:stop], already_converted=True))
+    return dataset
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import tee
 from pathlib import Path
 
 from pydicom import Dataset
@@ -21,9 +22,11 @@ from pydicom.uid import (
 )
 
 from client.cohort import display
-from client.cohort.dicom_file import check_decodable, frame_count, quietly, read_dataset
+from client.cohort.dicom_file import quietly, read_dataset
 from client.cohort.errors import SourceMissingError
+from client.cohort.on_disk import SetOnDisk
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
+from client.cohort.pixels import check_decodable, frame_count
 from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
 from client.reports.report import Report
 from client.reports.sr import REPORT_CLASSES, issuer_of, read_report
@@ -58,21 +61,6 @@ _REQUIRED = (
     "BitsStored",
     "PhotometricInterpretation",
 )
-_PIXEL_KEYWORDS = (
-    *_REQUIRED[2:],
-    "HighBit",
-    "NumberOfFrames",
-    "PixelRepresentation",
-    "PlanarConfiguration",
-    "SamplesPerPixel",
-    "RedPaletteColorLookupTableDescriptor",
-    "GreenPaletteColorLookupTableDescriptor",
-    "BluePaletteColorLookupTableDescriptor",
-    "RedPaletteColorLookupTableData",
-    "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableData",
-    *display.KEYWORDS,
-)
 _HEADER_KEYWORDS = (
     *_REQUIRED,
     "SOPClassUID",
@@ -100,39 +88,37 @@ class DicomFolder:
     root: Path
     without: Collection[Path] = frozenset()
 
-    @cached_property
-    def _files(self) -> list[Path]:
+    def _files(self) -> Iterator[Path]:
         if not self.root.is_dir():
             raise SourceMissingError(f"expected the DICOM folder {self.root}, and there is none")
-        paths = (
-            Path(folder) / name for folder, _, names in os.walk(self.root, onerror=_stop) for name in names
-        )
-        return sorted(path for path in paths if path.is_file() and path not in self.without)
+        return (path for path in _files_below(self.root) if path not in self.without)
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(1 for _ in self._files())
 
     def __len__(self) -> int:
-        return len(self._files)
+        return self._count
 
     def stamps(self) -> Iterator[str]:
         """Yield name, size and modification time of every file."""
-        return (stamp(path, self._name(path)) for path in self._files)
+        return (stamp(path, self._name(path)) for path in self._files())
 
     def scan(self, ordered_map: OrderedMap) -> Iterable[Entry]:
         """Yield one entry per file by path; of files with one SOPInstanceUID the first is the candidate."""
-        seen: set[str] = set()
-        for path, outcome in zip(self._files, ordered_map(read_header, self._files), strict=True):
-            if isinstance(outcome, Candidate):
-                if outcome.uid in seen:
+        paths, to_read = tee(self._files())
+        with SetOnDisk() as seen:
+            for path, outcome in zip(paths, ordered_map(read_header, to_read), strict=True):
+                if isinstance(outcome, Candidate) and not seen.add(outcome.uid):
                     outcome = Rejected(State.DUPLICATE, Code.E_DUPLICATE_SOP)
-                else:
-                    seen.add(outcome.uid)
-            yield Entry(self._name(path), outcome)
+                yield Entry(self._name(path), outcome)
 
     @staticmethod
     def render(path: Path, size: int) -> Rendered | Rejected:
         """Read what display needs and no more, and make the packed image; no file makes this raise."""
         try:
             with quietly([]):  # the scan has made its remarks on this file
-                dataset, _ = read_dataset(path, keywords=_PIXEL_KEYWORDS, pixels=True)
+                dataset, _ = read_dataset(path, keywords=display.KEYWORDS, pixels=True)
                 pixels, remarks = display.display_image(dataset, size=size)
         except RefusedError as refusal:
             return refusal.rejected
@@ -207,5 +193,15 @@ def _text(dataset: Dataset, keyword: str) -> str:
     return str(dataset.get(keyword) or "").strip()
 
 
-def _stop(error: OSError) -> None:
-    raise SourceMissingError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield files in the order of their paths, with the names of one folder a level in memory."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((one.name, one.is_dir(follow_symlinks=False), one.is_file()) for one in entries)
+    except OSError as error:
+        raise SourceMissingError(f"cannot read the folder {folder}: {error.strerror}") from error
+    for name, is_folder, is_file in found:
+        if is_folder:
+            yield from _files_below(folder / name)
+        elif is_file:
+            yield folder / name

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from client.cohort import display
-from client.cohort.dicom_file import MAX_PIXELS
 from client.cohort.errors import EmptyCohortError
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
+from client.cohort.pixels import MAX_PIXELS
+from client.cohort.resizing import Grey8, fit_square
 from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
 from client.cohort.tables import Table, label_value, read_table
 
@@ -127,7 +128,7 @@ class _Columns:
         return found
 
 
-def _render(path: Path, size: int) -> tuple[display.Grey8, Sequence[Code]]:
+def _render(path: Path, size: int) -> tuple[Grey8, Sequence[Code]]:
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedError(State.QUARANTINED, Code.E_TOO_LARGE)
@@ -135,4 +136,4 @@ def _render(path: Path, size: int) -> tuple[display.Grey8, Sequence[Code]]:
             return display.grey_image(np.asarray(image), size=size)
         image.draft("L", (size, size))  # a JPEG is decoded at a half, quarter or eighth where that suffices
         levels = np.asarray(image.convert("L"), dtype=np.float32)
-    return display.fit_square(levels / np.float32(255), size=size), ()
+    return fit_square(levels / np.float32(255), size=size), ()

@@ -130,7 +130,8 @@ def test_video_is_unsupported(dicom: Dicom, path: Path) -> None:
 def test_a_missing_decoder_is_named(dicom: Dicom, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pydicom.pixels.decoders.base.Decoder.is_available", False)
     outcome = judged(save(path, dicom(syntax=RLELossless)))
-    assert outcome == Rejected(State.UNSUPPORTED, Code.E_DECODER_MISSING, "RLE Lossless")
+    remedy = "RLE Lossless: pip install pylibjpeg-rle"
+    assert outcome == Rejected(State.UNSUPPORTED, Code.E_DECODER_MISSING, remedy)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.cohort.display import Window, display_image, fit_square, grey_image, shrink
+from client.cohort.display import Window, display_image, grey_image
 from client.cohort.outcomes import Code, RefusedError
+from client.cohort.resizing import fit_square, shrink
 
 SIZE = 32
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from client.cohort import Code, Cohort, CohortSettings, State, build_cohort
-from client.cohort.display import fit_square
+from client.cohort.resizing import fit_square
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 HOSPITAL = DATA / "dicom-hospital-ccby"
