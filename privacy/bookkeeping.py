@@ -80,7 +80,7 @@ class BookKeepingEngine:
             raise UnsoundTraining(f"expected {max_grad_norm=} > 0")
         trained = self._trained()
         total: dict[str, Tensor] = {}
-        for raw_contributions in self._parts(trained, batch):
+        for _, raw_contributions in self._parts(trained, batch):
             with _full_precision():
                 self._add_clipped(total, raw_contributions, max_grad_norm=max_grad_norm)
         return {
@@ -95,19 +95,24 @@ class BookKeepingEngine:
             At most 1e-6 of itself too small; not finite where such a gradient counts as zero.
         """
         found = [torch.empty(0, dtype=torch.float64)]
-        for raw_contributions in self._parts(self._trained(), batch):
+        for patients, raw_contributions in self._parts(self._trained(), batch):
+            if not raw_contributions:
+                found.append(torch.zeros(patients, dtype=torch.float64))
+                continue
             with _full_precision():
                 found.append(self._norms(raw_contributions).cpu())
         return torch.cat(found)
 
-    def _parts(self, trained: Mapping[str, nn.Parameter], batch: Batch) -> Iterator[dict[str, Contribution]]:
-        """The contributions of one physical batch after the other; nothing for parameters without use."""
+    def _parts(
+        self, trained: Mapping[str, nn.Parameter], batch: Batch
+    ) -> Iterator[tuple[int, dict[str, Contribution]]]:
+        """Patients and contributions of one physical batch after the other; unused parameters are absent."""
         patients = _patients(batch)
         step = self._physical_batch or max(1, patients)
         for start in range(0, patients, step):
             part = {name: value[start : start + step] for name, value in batch.items()}
             self._check_isolation(trained, part)
-            yield self._contributions(trained, part)
+            yield _patients(part), self._contributions(trained, part)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         trained = {name: value for name, value in self._module.named_parameters() if value.requires_grad}
@@ -129,18 +134,15 @@ class BookKeepingEngine:
 
         kind = next(iter(trained.values())).device.type
         precision = torch.autocast(kind, self._autocast) if self._autocast else nullcontext()
-        with torch.enable_grad(), seen, _own_gradients(trained):
-            with precision, torch.compiler.set_stance("force_eager"):
+        with torch.enable_grad(), _own_gradients(trained):
+            with seen, precision, torch.compiler.set_stance("force_eager"):
                 losses = self._patient_losses(call, batch)
             if losses.shape != (patients,):
                 raise UnsoundTraining(
                     f"expected one loss a patient, shape ({patients},), got {tuple(losses.shape)}"
                 )
             loss = (losses if of is None else losses[of]).sum() * self._loss_scale
-            if loss.requires_grad:
-                with torch.autograd.set_multithreading_enabled(False):  # in this thread, where ``seen`` is
-                    loss.backward()  # type: ignore[no-untyped-call]
-        return seen.contributions()
+            return seen.contributions(loss) if loss.requires_grad else {}
 
     def _add_clipped(
         self, total: dict[str, Tensor], raw_contributions: dict[str, Contribution], *, max_grad_norm: float
@@ -162,12 +164,12 @@ class BookKeepingEngine:
         squares = torch.stack([each.squared_norms() for each in raw_contributions.values()]).sum(0)
         odd = ~squares.isfinite()
         if odd.any():
-            again = [each.only(odd).widened().squared_norms() for each in raw_contributions.values()]
+            again = [each.only(odd).squared_norms(torch.float64) for each in raw_contributions.values()]
             squares[odd] = torch.stack(again).sum(0)
         return squares.sqrt() / self._loss_scale
 
     def _check_isolation(self, trained: Mapping[str, nn.Parameter], batch: Batch) -> None:
-        """Once: the first patient's loss alone must give the second patient no gradient.
+        """Once: of two patients, the loss of each alone must give the other no gradient.
 
         It does if the module or the loss mixes patients, and if a module moves the batch away from the first
         axis, so that the rows counted as one patient's are not.
@@ -175,23 +177,26 @@ class BookKeepingEngine:
         if self._isolation_seen or _patients(batch) < 2:
             return
         pair = {name: value[:2] for name, value in batch.items()}
-        seen = self._contributions(trained, pair, of=0)
-        for name, contribution in seen.items():
-            second = torch.tensor([False, True], device=trained[name].device)
-            if _any_finite(contribution.only(second)):
-                raise UnsoundTraining(
-                    f"one patient's loss gives another patient a gradient in {name!r}: the loss or the "
-                    "module mixes patients, or moves the batch away from the first axis"
-                )
-            self._isolation_seen |= _any_finite(contribution.only(~second))
+        own_seen = []
+        for patient in range(2):
+            own = torch.arange(2, device=next(iter(trained.values())).device) == patient
+            found = self._contributions(trained, pair, of=patient)
+            for name, contribution in found.items():
+                if _says_something(contribution.only(~own)):
+                    raise UnsoundTraining(
+                        f"one patient's loss gives another patient a gradient in {name!r}: the loss or the "
+                        "module mixes patients, or moves the batch away from the first axis"
+                    )
+            own_seen.append(any(_says_something(each.only(own)) for each in found.values()))
+        self._isolation_seen = all(own_seen)
 
 
 def _patients(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _any_finite(gradient: Contribution) -> bool:
-    """Whether one patient's gradient has numbers other than zero, and says something."""
+def _says_something(gradient: Contribution) -> bool:
+    """Whether one patient's gradient has finite numbers other than zero."""
     value = gradient.weighted_sum(torch.ones(1))
     return bool(value.nan_to_num(posinf=0, neginf=0).any())
 

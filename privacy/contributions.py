@@ -18,12 +18,15 @@ BLOCK, SMALL = 256, 2**18
 class Contribution(Protocol):
     """Gradient of the patients' losses in one parameter, a gradient per patient."""
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, at_least: torch.dtype = torch.float32) -> Tensor:
         """Squared L2 norm of each patient's gradient, float64, shape (P,).
 
         Guarantees:
-            Too small by at most 2e-6 of itself, whatever cancels in it: where float32 rounds, a bound on the
-            rounding is added. It is not finite where single precision does not suffice; see `widened`.
+            Too small by at most 2e-6 of itself, whatever cancels in it: where `weighted_sum` and the norm
+            itself round, a bound on the rounding is added. Not finite where it is out of range.
+
+        Args:
+            at_least: float64 widens the range.
         """
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -34,9 +37,6 @@ class Contribution(Protocol):
 
     def only(self, kept: Tensor) -> Self:
         """The same of the patients where ``kept``, boolean (P,), is true."""
-
-    def widened(self) -> Self:
-        """The same in float64."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,14 +49,14 @@ class Dense:
 
     values: Tensor
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, at_least: torch.dtype = torch.float32) -> Tensor:
         """See `Contribution`."""
-        return _squares(self.values.flatten(1))
+        return _squares(wide(self.values, at_least).unsqueeze(1).flatten(1))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """See `Contribution`."""
         values = wide(self.values)
-        return (factors.to(values.dtype) @ values.flatten(1)).view(values.shape[1:])
+        return (factors.to(values.dtype) @ values.unsqueeze(1).flatten(1)).view(values.shape[1:])
 
     def dense(self) -> Tensor:
         """See `Contribution`."""
@@ -65,10 +65,6 @@ class Dense:
     def only(self, kept: Tensor) -> Self:
         """See `Contribution`."""
         return replace(self, values=self.values[kept])
-
-    def widened(self) -> Self:
-        """See `Contribution`."""
-        return replace(self, values=self.values.to(torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,13 +85,13 @@ class Outer:
     gradients: Tensor
     shape: torch.Size
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, at_least: torch.dtype = torch.float32) -> Tensor:
         """See `Contribution`."""
-        a, g = wide(self.inputs), wide(self.gradients)
+        a, g = wide(self.inputs, at_least), wide(self.gradients, at_least)
         a_gram, g_gram = a @ a.mT, g @ g.mT
         a_squares, g_squares = (gram.diagonal(dim1=1, dim2=2) for gram in (a_gram, g_gram))
         squares = (a_gram * g_gram).sum((1, 2))
-        squares += _rounding(a_squares, g_squares, d=a.shape[2], p=g.shape[2])
+        squares += _rounding(a_squares, g_squares, d=a.shape[2], p=g.shape[2], of=wide(self.inputs).dtype)
         return squares.to(torch.float64)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -115,11 +111,6 @@ class Outer:
     def only(self, kept: Tensor) -> Self:
         """See `Contribution`."""
         return replace(self, inputs=self.inputs[kept], gradients=self.gradients[kept])
-
-    def widened(self) -> Self:
-        """See `Contribution`."""
-        inputs, gradients = (value.to(torch.float64) for value in (self.inputs, self.gradients))
-        return replace(self, inputs=inputs, gradients=gradients)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,9 +144,9 @@ class Rows:
             owners=keys // shape[0], ids=keys % shape[0], values=values, patients=patients, shape=shape
         )
 
-    def squared_norms(self) -> Tensor:
+    def squared_norms(self, at_least: torch.dtype = torch.float32) -> Tensor:
         """See `Contribution`."""
-        squares = _squares(self.values)
+        squares = _squares(wide(self.values, at_least))
         return squares.new_zeros(self.patients).index_add_(0, self.owners, squares)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -180,10 +171,6 @@ class Rows:
             values=self.values[rows],
             patients=int(kept.sum()),
         )
-
-    def widened(self) -> Self:
-        """See `Contribution`."""
-        return replace(self, values=self.values.to(torch.float64))
 
 
 def product(inputs: Tensor, gradients: Tensor, shape: torch.Size) -> Outer | Dense:
@@ -218,9 +205,9 @@ def _joined(first: Contribution, second: Contribution) -> Contribution:
     return Dense(values=first.dense() + second.dense())
 
 
-def wide(value: Tensor) -> Tensor:
-    """The same in at least float32, in which half precision's products are exact."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+def wide(value: Tensor, at_least: torch.dtype = torch.float32) -> Tensor:
+    """The same in ``at_least`` that precision; products of half precision are exact in float32."""
+    return value.to(torch.promote_types(value.dtype, at_least))
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -228,7 +215,6 @@ def _squares(rows: Tensor) -> Tensor:
 
     In blocks: `torch.linalg.vector_norm` makes no copy, but loses 1e-2 of 1e8 numbers (2e-7 of 256).
     """
-    rows = wide(rows)
     count = rows.shape[1]
     squares = torch.zeros((), dtype=torch.float64, device=rows.device)
     if rows.numel() > SMALL:
@@ -239,15 +225,16 @@ def _squares(rows: Tensor) -> Tensor:
     return squares + rows.to(torch.float64).square().sum(1) + count * torch.finfo(rows.dtype).tiny
 
 
-def _rounding(a_squares: Tensor, g_squares: Tensor, *, d: int, p: int) -> Tensor:
-    """What rounding may hide of |sum_t g_t a_t^T|^2, from |a_t|^2 and |g_t|^2 of shape (P, T). Shape (P,).
+def _rounding(a_squares: Tensor, g_squares: Tensor, *, d: int, p: int, of: torch.dtype) -> Tensor:
+    """What rounding in ``of`` may hide of |sum_t g_t a_t^T|^2, from |a_t|^2 and |g_t|^2 of shape (P, T).
 
     All errors are below a multiple of eps (sum_t |a_t| |g_t|)^2, however much cancels: those of the norm, and
-    those of the weighted product that is released. The multiple is set by the worst found, products of equal
-    numbers, whose sum of d is up to eps d / 45 too small. Squares below the smallest normal number are lost.
+    those of the weighted product that is released. The multiple is set by the worst found: of the norm, sums
+    of d equal products, up to eps d / 45 too small; of the product, sums of T that cancel. Squares below the
+    smallest normal number are lost.
     """
-    limits, places = torch.finfo(a_squares.dtype), a_squares.shape[1]
+    limits, places = torch.finfo(of), a_squares.shape[1]
     reach = (a_squares * g_squares).sqrt().sum(1).square()
-    hidden: Tensor = limits.eps * (2 + (d + p) / 32) * reach + limits.tiny * places**2
+    hidden: Tensor = limits.eps * (2 + (d + p) / 32 + places / 4) * reach + limits.tiny * places**2
     hidden.add_(a_squares.sum(1), alpha=limits.tiny * places * p)
     return hidden.add_(g_squares.sum(1), alpha=limits.tiny * places * d)

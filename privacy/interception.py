@@ -61,13 +61,30 @@ class Interception(TorchFunctionMode):
         self._names = {id(value): name for name, value in parameters.items()}
         self._patients = patients
         self._uses: dict[str, list[Contribution]] = {}
+        self._keeping = False
         device = next(iter(parameters.values())).device
         self._root = torch.zeros((), requires_grad=True, device=device)
 
-    def contributions(self) -> dict[str, Contribution]:
-        """What was kept since the last time, by parameter; a parameter without use is absent."""
-        uses, self._uses = self._uses, {}
-        return {name: together(found) for name, found in uses.items()}
+    def contributions(self, loss: Tensor) -> dict[str, Contribution]:
+        """What the gradient of ``loss``, just computed, consists of, by parameter; unused ones are absent.
+
+        Raises:
+            UnsoundTraining: on the way back an operation turns out not to be known.
+        """
+        self._keeping = True
+        with self, torch.autograd.set_multithreading_enabled(False):  # in this thread, where the mode is
+            # What `torch.autograd.backward` calls. That function would leave the mode, as any function does
+            # that a mode sees, and what checkpointing computes again on the way back would not be seen.
+            torch.autograd.Variable._execution_engine.run_backward(
+                (loss,),
+                (torch.ones_like(loss),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+        return {name: together(found) for name, found in self._uses.items()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,6 +128,11 @@ class Interception(TorchFunctionMode):
         ]
 
         def keep(beside: Tensor, gradient: Tensor) -> None:
+            if not self._keeping:
+                raise UnsoundTraining(
+                    "the loss differentiates the module itself: gradients of gradients are not known here; "
+                    "use another engine"
+                )
             for name, make in watched:
                 self._uses.setdefault(name, []).append(make(beside, gradient))
 
@@ -187,7 +209,7 @@ class Interception(TorchFunctionMode):
             return self._of_convolution(patches, g, weight.shape, groups)
 
         def of_bias(_: Tensor, g: Tensor) -> Contribution:
-            return self._added(g.flatten(2).mT, g.shape[1:2])
+            return self._added(_channels_last(g), g.shape[1:2])
 
         return self._tap(
             func(input, weight.detach(), _constant(bias), stride, padding, dilation, groups),
@@ -198,7 +220,7 @@ class Interception(TorchFunctionMode):
 
     def _of_convolution(self, patches: Tensor, g: Tensor, shape: torch.Size, groups: int) -> Contribution:
         """From patches (B, L, C, K) and output gradients (B, p, ...)."""
-        g = g.flatten(2).mT  # (B, L, p)
+        g = _channels_last(g)  # (B, L, p)
         if groups == 1:
             return product(self._grouped(patches, shape[1:].numel()), self._grouped(g, shape[0]), shape)
         a = wide(self._grouped(patches, groups, shape[1:].numel()))  # (P, rL, G, d)
@@ -282,10 +304,10 @@ class Interception(TorchFunctionMode):
 
         def of_weight(x: Tensor, g: Tensor) -> Contribution:
             scaled = F.group_norm(wide(x), num_groups, eps=eps).mul_(g)
-            return self._added(scaled.flatten(2).mT, scaled.shape[1:2])
+            return self._added(_channels_last(scaled), scaled.shape[1:2])
 
         def of_bias(_: Tensor | None, g: Tensor) -> Contribution:
-            return self._added(g.flatten(2).mT, g.shape[1:2])
+            return self._added(_channels_last(g), g.shape[1:2])
 
         return self._tap(
             F.group_norm(input, num_groups, _constant(weight), _constant(bias), eps),
@@ -296,10 +318,14 @@ class Interception(TorchFunctionMode):
 
     def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Sums and products of a parameter with rows: each row gets its own view of the parameter."""
-        others = [
-            v.shape for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not self._is_trained(v)
-        ]
+        values = (*args, *kwargs.values())
+        others = [v.shape for v in values if isinstance(v, Tensor) and not self._is_trained(v)]
         shape = torch.broadcast_shapes(*others)  # type: ignore[no-untyped-call]
+        if not shape:
+            raise UnsoundTraining(
+                f"parameter {self._met(values)!r} is used by {_name(func)}, where no rows of the batch meet "
+                "it: let it meet them first"
+            )
 
         def spread(value: Any) -> Any:
             return self._expand(Tensor.expand, value, shape) if self._is_trained(value) else value
@@ -354,7 +380,7 @@ class Interception(TorchFunctionMode):
         """`torch.nn.functional.multi_head_attention_forward` from the operations above."""
         unknown = (bias_k, bias_v, static_k, static_v, q_proj_weight)
         if query.ndim != 3 or add_zero_attn or in_proj_weight is None or any(v is not None for v in unknown):
-            name = self._met([in_proj_weight, out_proj_weight, q_proj_weight, bias_k, in_proj_bias])
+            name = self._met([in_proj_weight, q_proj_weight, bias_k, in_proj_bias, out_proj_weight])
             raise UnsoundTraining(
                 f"parameter {name!r} is used by a form of multi-head attention that is not known here: use "
                 "separate linear layers"
@@ -415,6 +441,11 @@ def _as_autocast(value: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and value.dtype is not torch.float64:
         return value.to(torch.get_autocast_dtype(kind))
     return value
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    """(B, C, ...) to (B, L, C)."""
+    return value.reshape(*value.shape[:2], -1).mT
 
 
 def _patches(
