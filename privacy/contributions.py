@@ -229,12 +229,13 @@ def _rounding(a_squares: Tensor, g_squares: Tensor, *, d: int, p: int, of: torch
     """What rounding in ``of`` may hide of |sum_t g_t a_t^T|^2, from |a_t|^2 and |g_t|^2 of shape (P, T).
 
     All errors are below a multiple of eps (sum_t |a_t| |g_t|)^2, however much cancels: those of the norm, and
-    those of the weighted product that is released. The multiple is set by the worst found: of the norm, sums
-    of d equal products, up to eps d / 45 too small; of the product, sums of T that cancel. Squares below the
-    smallest normal number are lost.
+    those of the weighted product that is released. The multiple is set by the worst found, products of equal
+    numbers, whose sum of d is up to eps d / 45 too small: in one place, where others that round exactly take
+    the gradient back, nearly all of the norm could hide there. Squares below the smallest normal number are
+    lost.
     """
     limits, places = torch.finfo(of), a_squares.shape[1]
     reach = (a_squares * g_squares).sqrt().sum(1).square()
-    hidden: Tensor = limits.eps * (2 + (d + p) / 32 + places / 4) * reach + limits.tiny * places**2
+    hidden: Tensor = limits.eps * (2 + (d + p) / 32) * reach + limits.tiny * places**2
     hidden.add_(a_squares.sum(1), alpha=limits.tiny * places * p)
     return hidden.add_(g_squares.sum(1), alpha=limits.tiny * places * d)

@@ -689,6 +689,24 @@ def test_however_much_cancels_no_clipped_contribution_is_longer_than_the_bound(
         assert norm({"": clipped}) <= bound * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("width", [64, 256, 768, 3072])
+def test_nor_where_only_one_of_two_that_cancel_is_rounded_down(width: int) -> None:
+    """Squares of 1.3 are rounded, those of 1.25 are not: what float32 finds can be less than nothing."""
+    inputs, gradients = torch.empty(1, 2, width), torch.empty(1, 2, 64)
+    inputs[:, 0], inputs[:, 1] = 1.3, 1.25
+    under = 0.0
+    for left in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        gradients[:, 0], gradients[:, 1] = 1.0, -(1 - left) * 1.3 / 1.25
+        form = Outer(inputs=inputs, gradients=gradients, shape=torch.Size([64, width]))
+        exact = norm({"": gradients.double().mT @ inputs.double()})
+        grams = (inputs @ inputs.mT) * (gradients @ gradients.mT)
+        under = min(under, float(grams.sum()) - exact**2)
+        assert float(form.squared_norms().sqrt()) >= exact * (1 - 1e-6)
+        clipped = form.weighted_sum(clip_factors(form.squared_norms().sqrt(), max_grad_norm=1.0))
+        assert norm({"": clipped}) <= 1 + 1e-6
+    assert under < 0  # without the bound on rounding
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     size=st.sampled_from([1, 5, 256, 257, 300_000]),
