@@ -9,6 +9,8 @@ from client.cohort.errors import (
     SourceMissingError,
     StoredCohortError,
     TableUnreadableError,
+    TooManyFailuresError,
+    WorkersError,
 )
 from client.cohort.outcomes import Code, State
 from client.cohort.settings import CohortSettings
@@ -27,6 +29,8 @@ __all__ = [
     "State",
     "StoredCohortError",
     "TableUnreadableError",
+    "TooManyFailuresError",
+    "WorkersError",
     "build_cohort",
     "open_cohort",
 ]

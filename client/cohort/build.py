@@ -4,25 +4,36 @@ import hmac
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cache, partial
+from hashlib import sha256
+from itertools import chain, tee
 from pathlib import Path
+
+from pydicom.pixels import get_decoder
+from pydicom.uid import AllTransferSyntaxes
 
 from client.cohort.dicom_folder import DicomFolder
 from client.cohort.errors import CohortSettingsError
+from client.cohort.facts import LAYOUT
 from client.cohort.image_table import ImageTable
-from client.cohort.outcomes import Rejected
+from client.cohort.merges import PatientMerges
+from client.cohort.on_disk import CandidatesOnDisk
+from client.cohort.outcomes import Code, Rejected
+from client.cohort.packing import About, CohortWriter, Row, locked, restore_scan
 from client.cohort.pairing import Pairing
+from client.cohort.scan_index import SCAN, ScanIndex
 from client.cohort.settings import CohortSettings
-from client.cohort.sources import Candidate, Source, stamp
-from client.cohort.store import Cohort, CohortWriter, Row, locked, open_cohort, stored_fingerprint
+from client.cohort.sources import Candidate, OrderedMap, Source, stamp
+from client.cohort.store import Cohort, open_cohort, stored_fingerprint
 from client.cohort.tables import read_table
 from client.cohort.workers import Workers
 from client.reports.index import ReportIndex
 from client.reports.report import Report
 
-PIPELINE = 2  # raised with every change of the pixels or texts that come out
+PIPELINE = 3  # raised with every change of the pixels or texts that come out
 
 logger = logging.getLogger(f"clipward.{__name__}")
 
@@ -40,17 +51,21 @@ def build_cohort(
         Every input ends in exactly one state, and the counts add up to the inputs seen. An input that
         cannot be read costs that input only. A patient is either held out or not, in all their rows.
         ``out`` holds a whole cohort or none, with files that only their owner may read. Equal inputs and
-        settings give equal bytes, whatever the number of workers.
+        settings give equal bytes, whatever the number of workers, and whether an earlier build was finished,
+        killed or never begun. A build goes on where a killed one has stopped, and reads only files that have
+        changed since the last one; memory is some hundred bytes an input.
 
     Args:
         settings: The source, and how it is packed.
         out: Folder of the cohort; a cohort of other settings or older files in it is replaced.
         workers: Processes to read with; by default one per core when there are many files, else none
-            beside this one. A file that kills its decoder is survived only in a process beside this one.
+            beside this one. A file that kills or hangs its decoder is survived only in a process beside this
+            one.
         on_progress: Called with steps done and steps in all, two for each input.
 
     Raises:
-        CohortError: A file or column is missing, or no pair is left; the message names the remedy.
+        CohortError: A file or column is missing, no pair is left, or too many inputs fail; the message names
+            the remedy.
     """
     source = _open_source(settings)
     if settings.dicom is not None and out.resolve().is_relative_to(settings.dicom.resolve()):
@@ -59,14 +74,22 @@ def build_cohort(
     with locked(out):
         if stored_fingerprint(out) == fingerprint:
             return open_cohort(out)
-    # Processes start before the lock is taken: one that runs the caller's script again, as spawned processes
-    # do, would wait for it for ever.
-    with Workers(workers, items=len(source)) as pool, locked(out), ReportIndex() as reports:
+    with ExitStack() as stack:
+        # Processes start before the lock is taken: one that runs the caller's script again, as spawned
+        # processes do, would wait for it for ever.
+        pool = stack.enter_context(
+            Workers(workers, items=len(source), seconds_per_file=settings.seconds_per_file)
+        )
+        stack.enter_context(locked(out))
         if stored_fingerprint(out) == fingerprint:
             return open_cohort(out)
+        restore_scan(out)
         with CohortWriter(out, image_size=settings.image_size, key=settings.key) as writer:
-            _pack(settings, source, reports, pool, writer, _Progress(2 * len(source), on_progress))
-            writer.finish(pipeline=PIPELINE, fingerprint=fingerprint, unpaired_reports=reports.unpaired)
+            progress = _Progress(2 * len(source), on_progress)
+            with ScanIndex(out / SCAN, root=_root(settings)) as index:
+                about = _pack(settings, fingerprint, source, pool.map, index, writer, progress)
+                index.forget_the_rest()
+            writer.finish(about, max_failure_share=settings.max_failure_share)
         logger.info("packed a cohort with pipeline %d", PIPELINE)
         return open_cohort(out)
 
@@ -77,6 +100,10 @@ def _open_source(settings: CohortSettings) -> Source:
     if settings.table is not None:
         return ImageTable(settings.table, settings.where)
     raise CohortSettingsError("expected exactly one of cohort.dicom and cohort.table")
+
+
+def _root(settings: CohortSettings) -> Path:
+    return settings.dicom or (settings.table or Path()).parent
 
 
 def _reports_below(settings: CohortSettings, root: Path) -> Iterator[Path]:
@@ -90,45 +117,61 @@ def _reports_below(settings: CohortSettings, root: Path) -> Iterator[Path]:
 
 def _pack(
     settings: CohortSettings,
+    fingerprint: str,
     source: Source,
-    reports: ReportIndex,
-    pool: Workers,
+    ordered_map: OrderedMap,
+    index: ScanIndex,
     writer: CohortWriter,
     progress: "_Progress",
-) -> None:
+) -> About:
     """Send every input of the source either into the cohort or among those left out."""
-    pairing = Pairing(reports=reports, labels=read_table(settings.labels) if settings.labels else None)
-    for report_source in settings.report_settings.sources():
-        for report in report_source.read():
-            _take_report(report.name, report.outcome, reports, writer)
-    found: list[tuple[str, Candidate]] = []
-    for entry in source.scan(pool.map):
-        if isinstance(entry.outcome, Candidate):
-            found.append((entry.name, entry.outcome))
+    same_patient = PatientMerges.read(settings.merge)
+    labels = read_table(settings.labels) if settings.labels else None
+    with ReportIndex() as reports, CandidatesOnDisk() as candidates:
+        for kind in settings.report_settings.sources():
+            for report in kind.read():
+                _take_report(report.name, report.outcome, same_patient, reports, writer)
+        for entry in source.scan(index.headers(ordered_map, rules=_header_rules())):
+            if isinstance(entry.outcome, Candidate):
+                patient = same_patient(entry.outcome.patient)
+                candidates.append(entry.name, replace(entry.outcome, patient=patient))
+                progress.add(1)
+            else:
+                _take_report(entry.name, entry.outcome, same_patient, reports, writer)
+                progress.add(2)
+        pairing = Pairing(reports=reports, labels=labels, same_patient=same_patient)
+        # Only now: the report of an image may lie behind it in the folder.
+        pairs, to_render = tee(_pairs(candidates, pairing, writer, progress))
+        displays = index.displays(
+            ordered_map, rules=_display_rules(settings), packed=writer.packed, secret=settings.key
+        )
+        render = partial(source.render, size=settings.image_size)
+        images = displays(render, (candidate.path for _, candidate in to_render))
+        for (name, candidate), image in zip(pairs, images, strict=True):
+            if isinstance(image, Rejected):
+                writer.leave_out(name, image)
+            else:
+                row, remarks = _row(settings, candidate, candidates.sides(candidate.patient))
+                writer.add(name, row, image.pixels, (*remarks, *image.remarks), image.key)
             progress.add(1)
-        else:
-            _take_report(entry.name, entry.outcome, reports, writer)
-            progress.add(2)
-    candidates: list[tuple[str, Candidate]] = []
-    for name, candidate in found:  # only now: the report of an image may lie behind it in the folder
-        outcome = pairing.complete(candidate)
-        if isinstance(outcome, Candidate):
-            candidates.append((name, outcome))
-        else:
-            writer.leave_out(name, outcome)
-            progress.add(1)
-    render = partial(source.render, size=settings.image_size)
-    images = pool.map(render, [candidate.path for _, candidate in candidates])
-    for (name, candidate), image in zip(candidates, images, strict=True):
-        if isinstance(image, Rejected):
-            writer.leave_out(name, image)
-        else:
-            remarks = (*candidate.remarks, *image.remarks)
-            writer.add(name, _row(settings, candidate), image.pixels, remarks)
-        progress.add(1)
+        return About(
+            pipeline=PIPELINE,
+            rules=sha256(_rules(settings).encode()).hexdigest(),
+            fingerprint=fingerprint,
+            unpaired_reports=reports.unpaired,
+            unknown_merges=same_patient.unknown,
+        )
 
 
-def _take_report(name: str, outcome: Report | Rejected, reports: ReportIndex, writer: CohortWriter) -> None:
+def _take_report(
+    name: str,
+    outcome: Report | Rejected,
+    same_patient: PatientMerges,
+    reports: ReportIndex,
+    writer: CohortWriter,
+) -> None:
+    if isinstance(outcome, Report):
+        outcome = replace(outcome, patient=same_patient(outcome.patient))
     rejected = outcome if isinstance(outcome, Rejected) else reports.add(outcome)
     if rejected is not None:
         writer.leave_out(name, rejected)
@@ -136,21 +179,47 @@ def _take_report(name: str, outcome: Report | Rejected, reports: ReportIndex, wr
         writer.take_report(name, outcome.remarks)
 
 
-def _row(settings: CohortSettings, candidate: Candidate) -> Row:
-    """Put pseudonyms in the place of what names the patient, and decide on the split."""
-    patient = candidate.patient
-    is_test = candidate.is_test
-    if is_test is None:
+def _pairs(
+    candidates: CandidatesOnDisk, pairing: Pairing, writer: CohortWriter, progress: "_Progress"
+) -> Iterator[tuple[str, Candidate]]:
+    """Yield the images to which a text belongs, and leave out the others."""
+    for name, candidate in candidates:
+        outcome = pairing.complete(candidate)
+        if isinstance(outcome, Candidate):
+            yield name, outcome
+        else:
+            writer.leave_out(name, outcome)
+            progress.add(1)
+
+
+def _row(
+    settings: CohortSettings, candidate: Candidate, sides: Collection[bool]
+) -> tuple[Row, Sequence[Code]]:
+    """Put pseudonyms in the place of what names the patient, and decide on the split.
+
+    Args:
+        settings: The salt, and the share of patients held out.
+        candidate: The image with its text.
+        sides: Where the source has images of this patient, under any id.
+    """
+    patient, remarks = candidate.patient, candidate.remarks
+    if len(sides) > 1:
+        remarks = (*remarks, Code.W_SPLIT_CONFLICT)
+    if sides:
+        is_test = False not in sides
+    else:
         # A threshold on a keyed hash: a patient keeps their side when the cohort grows.
         draw = int.from_bytes(_keyed(settings, "split", patient)[:8]) / 2**64
         is_test = draw < settings.test_fraction
-    return Row(
+    row = Row(
         text=candidate.text or "",
-        patient=_keyed(settings, "patient", patient).hex(),
-        study=_keyed(settings, "study", patient, candidate.study).hex(),
+        text_rule=candidate.text_rule,
+        patient=_keyed(settings, "patient", patient),
+        study=_keyed(settings, "study", patient, candidate.study),
         is_test=is_test,
         labels=candidate.labels,
     )
+    return row, remarks
 
 
 def _keyed(settings: CohortSettings, *parts: str) -> bytes:
@@ -160,14 +229,36 @@ def _keyed(settings: CohortSettings, *parts: str) -> bytes:
 def _fingerprint(settings: CohortSettings, source: Source) -> str:
     """Return what changes when the cohort would come out differently, without reading an image."""
     digest = hmac.new(settings.key, digestmod="sha256")
-    reports = settings.report_settings
-    facts = [PIPELINE, settings.image_size, settings.test_fraction, sorted(settings.where.items())]
-    facts.extend(reports.facts())
-    labels = (stamp(path, path.name) for path in (settings.labels,) if path is not None)
-    told = (line for kind in reports.sources() for line in kind.stamps())
-    for line in chain([json.dumps(facts)], source.stamps(), told, labels):
+    limits = json.dumps([settings.seconds_per_file, settings.max_failure_share])
+    tables = (stamp(path, path.name) for path in (settings.labels, settings.merge) if path is not None)
+    told = (line for kind in settings.report_settings.sources() for line in kind.stamps())
+    for line in chain([_rules(settings), limits], source.stamps(), told, tables):
         digest.update(line.encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def _rules(settings: CohortSettings) -> str:
+    """Return all that decides on the content beside the files and the salt."""
+    chosen = [settings.test_fraction, sorted(settings.where.items()), *settings.report_settings.facts()]
+    return json.dumps([_header_rules(), _display_rules(settings), chosen])
+
+
+def _header_rules() -> str:
+    return json.dumps([PIPELINE, LAYOUT])
+
+
+def _display_rules(settings: CohortSettings) -> str:
+    return json.dumps([PIPELINE, settings.image_size, _decoders()])
+
+
+@cache
+def _decoders() -> Mapping[str, Sequence[str]]:
+    """Return what is installed to decode each transfer syntax: another decoder may give other pixels."""
+    found: dict[str, Sequence[str]] = {}
+    for syntax in AllTransferSyntaxes:
+        with suppress(NotImplementedError):
+            found[syntax] = get_decoder(syntax).available_plugins
+    return found
 
 
 class _Progress:

@@ -28,6 +28,10 @@ class EmptyCohortError(CohortError):
     """Not one image could be paired with a text."""
 
 
+class TooManyFailuresError(CohortError):
+    """More inputs than the site allows could not be used."""
+
+
 class StoredCohortError(CohortError):
     """A folder holds no cohort, one of another version, a damaged one, or something else entirely."""
 

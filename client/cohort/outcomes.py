@@ -105,10 +105,11 @@ class Rejected:
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """An image as it is packed: uint8, shape (S, S), and the remarks made on the way."""
+    """An image as it is packed: uint8, shape (S, S), the remarks made on the way, and a key to find it by."""
 
     pixels: NDArray[np.uint8]
     remarks: Sequence[Code] = ()
+    key: bytes = b""
 
 
 class RefusedError(Exception):

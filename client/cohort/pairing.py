@@ -1,12 +1,13 @@
 """Which text and labels belong to an image, and whether they are the same patient's."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from client.cohort.outcomes import Code, RefusedError, Rejected, State
 from client.cohort.sources import Candidate
 from client.cohort.tables import KEYS, KeyedRows, Table, label_value
 from client.reports.index import ReportIndex
-from client.text.sections import training_text
+from client.text.sections import Rule, parse
 
 
 class Pairing:
@@ -16,14 +17,21 @@ class Pairing:
     image does not bring its own text.
     """
 
-    def __init__(self, *, reports: ReportIndex, labels: Table | None) -> None:
+    def __init__(
+        self, *, reports: ReportIndex, labels: Table | None, same_patient: Callable[[str], str] = str
+    ) -> None:
         """Take the reports, which have to be complete before the first image asks, and index the labels.
+
+        Args:
+            reports: The reports.
+            labels: Their labels and those of the images.
+            same_patient: Maps the ids of one patient to one of them; images and reports come so.
 
         Raises:
             ColumnMissingError: The table of labels has no key column.
         """
         self._reports = reports
-        self._labels = _Labels(labels) if labels is not None else None
+        self._labels = _Labels(labels, same_patient) if labels is not None else None
 
     def complete(self, candidate: Candidate) -> Candidate | Rejected:
         """Return the candidate with its training text, labels and patient, or why it is left out."""
@@ -39,10 +47,10 @@ class Pairing:
             candidate = self._labels.add_to(candidate)
         if not candidate.patient:
             raise RefusedError(State.QUARANTINED, Code.E_NO_PATIENT)
-        text = training_text(candidate.text or "")
-        if not text:
+        parsed = parse(candidate.text or "")
+        if parsed.rule is Rule.NOTHING:
             raise RefusedError(State.UNPAIRED, Code.E_REPORT_EMPTY)
-        return replace(candidate, text=text)
+        return replace(candidate, text=parsed.text, text_rule=parsed.rule.value)
 
     def _with_report(self, candidate: Candidate) -> Candidate:
         report = self._reports.find(candidate.keys, patient=candidate.patient)
@@ -60,7 +68,8 @@ class Pairing:
 class _Labels:
     """What a table of labels adds to the candidates."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, same_patient: Callable[[str], str]) -> None:
+        self._same_patient = same_patient
         self._keyed = KeyedRows(table)
         self._patient = table.column("patient_id")
         self._names = table.label_columns(without={self._patient, *(table.column(kind) for kind in KEYS)})
@@ -73,7 +82,7 @@ class _Labels:
         if len(found) > 1:
             raise RefusedError(State.QUARANTINED, Code.E_REPORT_CONFLICT)
         row = self._keyed.table.rows[found[0]]
-        patient = row[self._patient] if self._patient else ""
+        patient = self._same_patient(row[self._patient]) if self._patient else ""
         if patient and candidate.patient and patient != candidate.patient:
             raise RefusedError(State.QUARANTINED, Code.E_PATIENT_MISMATCH)
         labels = {**candidate.labels, **{name: label_value(row[name]) for name in self._names}}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.cohort.errors import CohortSettingsError
+from client.cohort.workers import SECONDS_PER_FILE
 from client.reports.settings import ReportSettings
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 1024
@@ -22,6 +23,10 @@ class CohortSettings:
         labels: CSV of labels beside the reports or the table.
         image_size: Side of the packed square images, in pixels.
         test_fraction: Share of patients held out where no split column says so.
+        merge: CSV with the columns patient_id and same_as: ids of one patient.
+        seconds_per_file: Wall time after which a file is given up, in a process beside this one.
+        max_failure_share: Largest share of inputs that may be quarantined, unsupported or unpaired among all
+            but those ignored and second copies; above it there is no new cohort.
         salt: The site's secret for pseudonyms, the split and the cohort's identity. Another salt is
             another split: choose it once.
 
@@ -36,6 +41,9 @@ class CohortSettings:
     labels: Path | None = None
     image_size: int = 224
     test_fraction: float = 0.2
+    merge: Path | None = None
+    seconds_per_file: float = SECONDS_PER_FILE
+    max_failure_share: float = 1.0
     salt: str | bytes
 
     def __post_init__(self) -> None:
@@ -51,6 +59,10 @@ class CohortSettings:
             )
         if not 0 <= self.test_fraction < 1:
             raise CohortSettingsError(f"expected cohort.test_fraction={self.test_fraction} in [0, 1)")
+        if not self.seconds_per_file > 0:
+            raise CohortSettingsError(f"expected cohort.seconds_per_file={self.seconds_per_file} > 0")
+        if not 0 <= self.max_failure_share <= 1:
+            raise CohortSettingsError(f"expected cohort.max_failure_share={self.max_failure_share} in [0, 1]")
         if not self.salt:
             raise CohortSettingsError("expected cohort.salt to be the site's secret, got an empty one")
 

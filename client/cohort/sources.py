@@ -1,7 +1,7 @@
 """What every kind of source offers; a new kind is one class more."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -15,12 +15,12 @@ R = TypeVar("R")
 
 
 class OrderedMap(Protocol):
-    """The built-in ``map`` over one sequence, perhaps in other processes.
+    """The built-in ``map`` over one iterable, perhaps in other processes.
 
-    A call that takes its process down yields a ``Rejected`` in its place.
+    A call that takes its process down or never ends yields a ``Rejected`` in its place.
     """
 
-    def __call__(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R | Rejected]:
+    def __call__(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R | Rejected]:
         """Yield ``function(item)`` for every item, in order."""
         ...
 
@@ -37,6 +37,7 @@ class Candidate:
             ``study_instance_uid``, ``study_id``, ``image``.
         uid: What makes the image itself unique.
         text: The report, where the source brings it along.
+        text_rule: Which part of the report became the training text.
         labels: Finding to value; NaN is unknown.
         is_test: The split where the source fixes it.
         remarks: Noted while reading.
@@ -48,6 +49,7 @@ class Candidate:
     keys: Mapping[str, str]
     uid: str
     text: str | None = None
+    text_rule: str = ""
     labels: Mapping[str, float] = field(default_factory=dict)
     is_test: bool | None = None
     remarks: tuple[Code, ...] = ()

@@ -4,6 +4,8 @@ import csv
 import itertools
 import logging
 import os
+import shutil
+import stat
 import subprocess
 import sys
 import warnings
@@ -19,6 +21,7 @@ from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
 
 from client.cohort import (
+    PIPELINE,
     Code,
     Cohort,
     CohortSettings,
@@ -27,9 +30,16 @@ from client.cohort import (
     SourceMissingError,
     State,
     StoredCohortError,
+    TooManyFailuresError,
+    build,
     build_cohort,
     open_cohort,
+    packing,
 )
+from client.cohort.dicom_folder import DicomFolder
+from client.cohort.outcomes import Rejected, Rendered
+from client.cohort.packing import CohortWriter
+from client.cohort.scan_index import SCAN
 
 Dicom = Callable[..., Dataset]
 PATIENTS = 6
@@ -203,8 +213,9 @@ def test_nothing_of_a_patient_is_logged_or_shown(
     text = caplog.text + repr(cohort) + repr(hospital)
     for secret in ("MRN", "A0-0", "Heart", "export", "1.2.", str(tmp_path)):
         assert secret not in text
-    stored = b"".join(path.read_bytes() for path in (tmp_path / "cohort").iterdir())
-    assert b"MRN" not in stored
+    packed = (path for path in (tmp_path / "cohort").iterdir() if path.name != SCAN)
+    assert b"MRN" not in b"".join(path.read_bytes() for path in packed)
+    assert stat.S_IMODE((tmp_path / "cohort" / SCAN).stat().st_mode) == 0o600  # its one place inside
 
 
 def test_an_unpaired_hospital_names_its_reasons(hospital: CohortSettings, tmp_path: Path) -> None:
@@ -298,3 +309,144 @@ def test_a_script_without_a_main_guard_still_builds(hospital: CohortSettings, tm
         env=os.environ | {"PYTHONPATH": root},
     )
     assert done.stdout.strip() == str(3 * PATIENTS)
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files that are decoded from now on, as they are."""
+    names: list[str] = []
+    render = DicomFolder.render
+
+    def noted(path: Path, size: int) -> Rendered | Rejected:
+        names.append(path.parent.name + "/" + path.name)
+        return render(path, size)
+
+    monkeypatch.setattr(DicomFolder, "render", staticmethod(noted))
+    return names
+
+
+def packed_bytes(folder: Path) -> dict[str, bytes]:
+    files = ("images.npy", "index.npz", "keys.bin", "cohort.json", "quarantine.csv")
+    return {name: (folder / name).read_bytes() for name in files}
+
+
+def change_archive(hospital: CohortSettings) -> None:
+    """Add a study in the middle, change one, and remove one."""
+    root, reports = hospital.dicom, hospital.reports
+    assert root is not None
+    assert isinstance(reports, Path)
+    shutil.copy(root / "5/0-0", root / "2/0-1")
+    (root / "3/0-0").write_bytes((root / "4/0-0").read_bytes())
+    (root / "0/1-1").unlink()
+    reports.write_text(reports.read_text().replace("Heart 1.", "Heart one."))
+
+
+def test_only_what_has_changed_is_decoded_and_the_result_is_a_fresh_builds(
+    hospital: CohortSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_cohort(hospital, tmp_path / "cohort")
+    change_archive(hospital)
+    names = decoded(monkeypatch)
+    cohort = build_cohort(hospital, tmp_path / "cohort")
+    assert names == ["2/0-1", "3/0-0"]
+    build_cohort(hospital, tmp_path / "fresh")
+    assert packed_bytes(tmp_path / "cohort") == packed_bytes(tmp_path / "fresh")
+    assert "No. 0 Heart one." in cohort.texts
+    assert cohort.counts[State.DUPLICATE] == 3
+
+
+def test_a_build_that_is_killed_goes_on_where_it_was(
+    hospital: CohortSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_cohort(hospital, tmp_path / "fresh")
+    names = decoded(monkeypatch)
+    monkeypatch.setattr(CohortWriter, "finish", kill)
+    monkeypatch.setattr(packing, "_BYTES_BETWEEN_SYNCS", 4 * SIZE**2)
+    with pytest.raises(ZeroDivisionError):
+        build_cohort(hospital, tmp_path / "cohort")
+    assert len(names) == 3 * PATIENTS + 2
+    monkeypatch.undo()
+    names = decoded(monkeypatch)
+    build_cohort(hospital, tmp_path / "cohort")
+    assert names == []
+    assert packed_bytes(tmp_path / "cohort") == packed_bytes(tmp_path / "fresh")
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".cohort")} == {".cohort.lock"}
+
+
+def kill(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
+
+
+def test_too_many_failures_leave_the_cohort_of_before(hospital: CohortSettings, tmp_path: Path) -> None:
+    build_cohort(hospital, tmp_path / "cohort")
+    before = packed_bytes(tmp_path / "cohort")
+    used, failed = 3 * PATIENTS + 2 * PATIENTS + 1, 5  # reports are inputs that succeed
+    share = failed / (used + failed)
+    build_cohort(replace(hospital, max_failure_share=share), tmp_path / "enough")
+    with pytest.raises(TooManyFailuresError) as caught:
+        build_cohort(replace(hospital, max_failure_share=share - 1e-9), tmp_path / "cohort")
+    assert "5 of 36 inputs cannot be used, a larger share than cohort.max-failure-share" in str(caught.value)
+    assert f"see {tmp_path}/cohort/quarantine.csv: " in str(caught.value)
+    assert "1 x E_NO_REPORT (no report" in str(caught.value)
+    assert packed_bytes(tmp_path / "cohort") == before
+    assert len(open_cohort(tmp_path / "cohort")) == 3 * PATIENTS
+
+
+def test_a_patient_under_several_ids_is_one(hospital: CohortSettings, tmp_path: Path) -> None:
+    (tmp_path / "merge.csv").write_text(
+        "patient_id,same_as\nMRN-1,MRN-0\nMRN-0,MRN-3\nMRN-3,MRN-1\nMRN-7,MRN-5\nMRN-7,MRN-8\n,\n"
+    )
+    for fraction in (0.2, 0.5, 0.8):
+        settings = replace(hospital, merge=tmp_path / "merge.csv", test_fraction=fraction)
+        cohort = build_cohort(settings, tmp_path / "cohort")
+        number = cohort.patients[::3]
+        assert number[0] == number[1] == number[3]
+        assert len(set(number)) == PATIENTS - 2
+        assert cohort.is_test[0] == cohort.is_test[3] == cohort.is_test[9]
+        assert cohort.unknown_merges == 2
+
+
+def test_images_and_reports_of_merged_ids_belong_together(hospital: CohortSettings, tmp_path: Path) -> None:
+    reports, labels, merge = (tmp_path / f"{name}.csv" for name in ("r", "l", "m"))
+    reports.write_text("accession_number,patient_id,report\nA0-0,OLD-0,One.\nA1-0,OLD-1,Two.\n")
+    labels.write_text("accession_number,patient_id,Edema\nA0-0,OLDER-0,1\n")
+    merge.write_text("patient_id,same_as\nMRN-0,OLD-0\nOLD-0,OLDER-0\n")
+    settings = replace(hospital, reports=reports, labels=labels, merge=merge)
+    cohort = build_cohort(settings, tmp_path / "cohort")
+    assert cohort.texts == ("One.",)
+    assert cohort.labels["Edema"].tolist() == [1]
+    assert cohort.codes[Code.E_PATIENT_MISMATCH] == 3  # that of OLD-1, and two faults with a number of others
+
+
+def test_splits_of_merged_ids_that_differ_become_training(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(
+        "image,text,patient_id,split\n"
+        "a.png,one,p1,train\na.png,two,p2,test\na.png,three,p3,\na.png,four,p4,test\na.png,five,p5,\n"
+    )
+    (tmp_path / "m.csv").write_text("patient_id,same_as\np1,p2\np2,p3\np4,p5\n")
+    settings = CohortSettings(
+        table=tmp_path / "t.csv", merge=tmp_path / "m.csv", image_size=SIZE, salt="s", test_fraction=0.5
+    )
+    cohort = build_cohort(settings, tmp_path / "cohort")
+    assert cohort.is_test.tolist() == [False, False, False, True, True]
+    assert cohort.codes == {Code.W_SPLIT_CONFLICT: 3}
+
+
+def test_equal_texts_have_one_number(hospital: CohortSettings, tmp_path: Path) -> None:
+    cohort = build_cohort(hospital, tmp_path / "cohort")
+    assert cohort.text_ids.tolist()[:7] == [0, 1, 1, 2, 3, 3, 4]
+    assert cohort.texts[1] is cohort.texts[2]
+    assert cohort.text_rules == {"impression and findings": 3 * PATIENTS}
+    assert cohort.pipeline == PIPELINE
+
+
+def test_another_decoder_builds_again(
+    hospital: CohortSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_cohort(hospital, tmp_path / "cohort")
+    monkeypatch.setattr(build, "_decoders", lambda: {"1.2.840.10008.1.2.5": ("better",)})
+    names = decoded(monkeypatch)
+    second = build_cohort(hospital, tmp_path / "cohort")
+    assert len(names) == 3 * PATIENTS + 2
+    assert first.identity == second.identity
+    assert first.rules != second.rules

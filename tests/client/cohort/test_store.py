@@ -9,14 +9,17 @@ import pytest
 
 from client.cohort.errors import EmptyCohortError, StoredCohortError
 from client.cohort.outcomes import Code, Rejected, State
-from client.cohort.store import Cohort, CohortWriter, Row, locked, open_cohort, stored_fingerprint
+from client.cohort.packing import About, CohortWriter, Row, locked
+from client.cohort.store import Cohort, open_cohort, stored_fingerprint
 
 SIZE = 4
+ABOUT = About(pipeline=1, rules="r", fingerprint="f", unpaired_reports=3)
 
 
 def row(number: int, *, text: str = "Edema.") -> Row:
     labels = {"edema": float(number % 2)} if number else {}
-    return Row(text=text, patient=f"{number // 2}", study=f"{number}", is_test=number < 2, labels=labels)
+    patient, study = str(number // 2).encode(), str(number).encode()
+    return Row(text=text, patient=patient, study=study, is_test=number < 2, labels=labels)
 
 
 def write(out: Path, *, rows: int = 5, text: str = "Ödem.", brightness: int = 0, key: bytes = b"k") -> Cohort:
@@ -25,7 +28,7 @@ def write(out: Path, *, rows: int = 5, text: str = "Ödem.", brightness: int = 0
             pixels = np.full((SIZE, SIZE), number + brightness, dtype=np.uint8)
             writer.add(f"{number}.dcm", row(number, text=text), pixels, [Code.W_CHARSET] * (number == 0) * 2)
         writer.leave_out("x.txt", Rejected(State.IGNORED, Code.E_NOT_DICOM))
-        writer.finish(pipeline=1, fingerprint="f", unpaired_reports=3)
+        writer.finish(ABOUT)
     return open_cohort(out)
 
 
@@ -62,7 +65,9 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
     write(tmp_path / "cohort")
     assert stat.S_IMODE((tmp_path / "cohort").stat().st_mode) == 0o700
     files = list((tmp_path / "cohort").iterdir())
-    assert {path.name for path in files} == {"images.npy", "index.npz", "cohort.json", "quarantine.csv"}
+    assert {path.name for path in files} == {
+        *("images.npy", "keys.bin", "index.npz", "cohort.json", "quarantine.csv")
+    }
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
@@ -117,7 +122,7 @@ def test_an_empty_cohort_says_why_and_leaves_the_list(tmp_path: Path) -> None:
         with pytest.raises(
             EmptyCohortError, match=r"no usable pair among 1 inputs, see .*: 1 x E_BLANK \(every"
         ):
-            writer.finish(pipeline=1, fingerprint="f", unpaired_reports=0)
+            writer.finish(ABOUT)
     assert "x,quarantined,E_BLANK" in (out / "quarantine.csv").read_text()
     assert stored_fingerprint(out) is None
     with locked(out):
@@ -146,7 +151,7 @@ def test_another_version_is_refused_by_number(tmp_path: Path) -> None:
     write(tmp_path / "cohort")
     manifest = json.loads((tmp_path / "cohort/cohort.json").read_text())
     (tmp_path / "cohort/cohort.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(StoredCohortError, match="has version 0, expected 1"):
+    with pytest.raises(StoredCohortError, match="has version 0, expected 2"):
         open_cohort(tmp_path / "cohort")
     assert stored_fingerprint(tmp_path / "cohort") is None
 
