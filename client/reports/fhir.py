@@ -33,6 +33,7 @@ _STATUS: Mapping[str, Status] = {
     **dict.fromkeys(("cancelled", "entered-in-error"), Status.WITHDRAWN),
 }
 _OID = "urn:oid:"
+_BY_LINE = (".ndjson", ".jsonl")  # by these names even if the first line is damaged
 
 
 class FhirReports(ReportFiles):
@@ -65,7 +66,8 @@ def _documents(path: Path) -> Iterator[Any]:
         second = file.readline(MAX_JSON_BYTES)
         while second and not second.strip():
             second = file.readline(MAX_JSON_BYTES)
-        if second and first.strip() and not isinstance(_parsed(first), Rejected):
+        by_line = path.suffix.lower() in _BY_LINE or not isinstance(_parsed(first), Rejected)
+        if second and by_line:
             for line in (first, second):
                 yield _parsed(line)
             for line in iter(partial(file.readline, MAX_JSON_BYTES), b""):

@@ -206,7 +206,7 @@ class _Message:
         except (UnicodeError, LookupError):
             text, charset, remarks = decoded(data), "cp1252", (Code.W_CHARSET,)
         # A line that begins no segment goes on with the field before it: texts are sent with bare line ends.
-        starts = re.compile(rf"\n(?=[A-Z][A-Z0-9]{{2}}(?:{re.escape(separator)}|\n|$))")
+        starts = re.compile(rf"\n(?=[A-Z][A-Z0-9]{{2}}{re.escape(separator)})")
         split = []
         for line in starts.split(text):
             fields = line.split(separator)
@@ -293,7 +293,7 @@ def _status(order: _Order) -> tuple[Status, bool]:
     letters = {obx.field(11).strip() for obx in order.texts}
     own = order.segments["OBR"].field(25).strip() if "OBR" in order.segments else ""
     if not own:
-        own = next((letter for letter in ("P", "R", "S") if letter in letters), "")
+        own = next((letter for letter in ("P", "R", "S", "C") if letter in letters), "")
         own = own or (next(iter(letters)) if len(letters) == 1 else "")
     if own == "F" and "C" in letters:
         own = "C"
