@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from client.cohort import Cohort, CohortSettings, build_cohort
+from client.cohort import Cohort, CohortSettings, SourceMissingError, build_cohort
 from client.limits import Policy
+from client.pacs import DicomWebTable, DimseTable, Fetched, Spool, fetch, open_source
 from client.reports.settings import ReportSettings
 from privacy.accounting import default_delta
 from privacy.ledger import Ledger
@@ -18,6 +19,7 @@ from strategies.settings import PairSource, Settings, SettingsError
 
 SITE_FILE = "site.toml"
 LEDGER_FILE = "ledger.sqlite"
+INCOMING = "incoming"
 EngineName = Literal["book-keeping", "hooks", "vmap"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -29,11 +31,33 @@ class CohortTable(PairSource):
         patients_declared: The cohort's size as the site states it in public; never the exact count.
         image_size: Pixels images are packed at.
         test_fraction: Share of patients held out, where no split column says so.
+        dicomweb: A PACS to fetch from; ``dicom``, by default ``incoming``, is then where its files are kept.
+        dimse: Instead of it, a PACS that speaks DICOM's own protocol.
     """
 
     patients_declared: int = Field(ge=1)
     image_size: int = Field(default=224, ge=16, le=1024)
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    dicomweb: DicomWebTable | None = None
+    dimse: DimseTable | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kept_somewhere(cls, table: Any) -> Any:
+        if isinstance(table, dict) and ("dicomweb" in table or "dimse" in table):
+            return {"dicom": INCOMING, **table}
+        return table
+
+    @model_validator(mode="after")
+    def _one_pacs(self) -> Self:
+        if self.dicomweb is not None and self.dimse is not None:
+            raise ValueError("name one PACS: dicomweb or dimse")
+        return self
+
+    @property
+    def pacs(self) -> DicomWebTable | DimseTable | None:
+        """The PACS to fetch from, if there is one."""
+        return self.dicomweb or self.dimse
 
 
 class Device(Settings):
@@ -106,6 +130,20 @@ class Site:
         declared = self.settings.cohort.patients_declared
         return self.settings.policy.delta or default_delta(declared)
 
+    def fetch(self, *, on_progress: Callable[[int, int], None] | None = None) -> Fetched | None:
+        """Bring what the site's PACS has for it and is not here yet; nothing where no PACS is named.
+
+        Only this asks a PACS. A round of training reads what is here.
+
+        Raises:
+            CohortError: the PACS cannot be used; what is fetched stays, and the next call goes on from there.
+        """
+        table, folder = self.settings.cohort.pacs, self._path(self.settings.cohort.dicom)
+        if table is None or folder is None:
+            return None
+        table, spool = table.relative_to(self.folder), Spool(folder)
+        return fetch(open_source(table, spool), table, spool, on_progress=on_progress)
+
     def cohort(self, *, on_progress: Callable[[int, int], None] | None = None) -> Cohort:
         """The packed cohort: built on first use, opened afterwards while its source is unchanged.
 
@@ -113,8 +151,11 @@ class Site:
             CohortError: the source cannot be used; the text is for the hospital's eyes.
         """
         source = self.settings.cohort
+        folder = self._path(source.dicom)
+        if source.pacs is not None and folder is not None and not folder.is_dir():
+            raise SourceMissingError(f"nothing is fetched yet: run clipward cohort build {self.folder}")
         settings = CohortSettings(
-            dicom=self._path(source.dicom),
+            dicom=folder,
             reports=ReportSettings.of(source, self.folder),
             table=self._path(source.table),
             where=source.where,
