@@ -1,0 +1,91 @@
+"""An archive of a hundred thousand files: memory stays small, and a killed scan goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client.cohort import State, open_cohort
+
+REAL, GENERATED, KILLED_AT = 300, 100_000, 200
+MOST_GROWTH_MB = 60
+
+# A folder of files, each of which is an image by its name, and behind them many that are generated. Every file
+# that is opened is noted; the process kills itself at one of them.
+BUILD = """
+import os, resource, signal, sys
+from pathlib import Path
+import numpy as np
+from client.cohort import CohortSettings, build, build_cohort, dicom_folder, scan_index
+from client.cohort.outcomes import Rendered
+from client.cohort.sources import Candidate, Entry
+
+root, killed_at, generated = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+scan_index.SECONDS_BETWEEN_COMMITS = 0.0
+notes = os.open(root / "notes", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+def image(path, number, text=None):
+    keys = {"accession_number": f"A{number}", "study_instance_uid": f"1.2.{number}"}
+    uid = f"1.2.826.0.1.3680043.10.543.{number:039}"
+    return Candidate(path=path, patient=f"P{number // 3}", study=keys["study_instance_uid"], keys=keys, uid=uid,
+                     text=text)
+
+def read_header(path):
+    os.write(notes, f"{path.name}\\n".encode())
+    if int(path.name) == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return image(path, int(path.name) // 2, "Edema.")  # every second one is a duplicate
+
+def render(path, size):
+    pixels = np.full((size, size), int(path.name) % 256, dtype=np.uint8)
+    pixels[0] = 0
+    return Rendered(pixels)
+
+class Archive(dicom_folder.DicomFolder):
+    def scan(self, ordered_map):
+        yield from super().scan(ordered_map)
+        for number in range(10**6, 10**6 + generated):
+            text = f"Effusion of {number} ml." if number % 20 == 0 else None
+            yield Entry(f"later/{number}", image(root / "in" / f"{number % 300}", number, text))
+
+Archive.render = staticmethod(render)
+dicom_folder.read_header, build.DicomFolder = read_header, Archive
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+settings = CohortSettings(dicom=root / "in", image_size=16, salt="s")
+build_cohort(settings, root / "cohort", workers=1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def run(root: Path, *, killed_at: int = -1, generated: int = 0) -> subprocess.CompletedProcess[str]:
+    project = str(Path(__file__).parents[3])
+    return subprocess.run(
+        [sys.executable, "-c", BUILD, str(root), str(killed_at), str(generated)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": project},
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_scan_goes_on_and_memory_stays_small(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(REAL):
+        (tmp_path / "in" / str(number)).touch()
+    names = sorted(str(number) for number in range(REAL))
+    killed = run(tmp_path, killed_at=KILLED_AT)
+    assert killed.returncode == -signal.SIGKILL
+    done = run(tmp_path, generated=GENERATED)
+    assert done.returncode == 0, done.stderr
+    read = (tmp_path / "notes").read_text().split()
+    at = names.index(str(KILLED_AT))
+    assert read == [*names[: at + 1], *names[at:]]  # the one at which it was killed is read again
+    cohort = open_cohort(tmp_path / "cohort")
+    assert sum(cohort.counts.values()) == REAL + GENERATED
+    assert cohort.counts[State.DUPLICATE] == REAL // 2
+    assert cohort.counts[State.USED] == REAL // 2 + GENERATED // 20
+    assert float(done.stdout) < MOST_GROWTH_MB
