@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import date
+from functools import lru_cache
 from itertools import pairwise
 
 from client.text.resources import every_word, fold, word_list
@@ -64,6 +65,7 @@ ORDINARY = frozenset(
         *(_LISTS["ordinary"], {"": _LISTS["degrees"]}, {"": _LISTS["titles"]}),
         *word_list("headings.yaml").values(),
         *word_list("sentences.yaml")["comparison"].values(),
+        *(each for each in word_list("context.yaml").values() if isinstance(each, dict)),
         *(each for finding in word_list("findings.yaml")["findings"].values() for each in finding.values()),
     )
     for entry in every_word(lists)
@@ -116,32 +118,36 @@ class KnownIdentifiers:
         return cls(**{field: tuple(dict.fromkeys(each)) for field, each in values.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Name:
-    """One person or place: the words that give it away, and the words that only belong to it."""
+    """One person or place: the words that give it away, and all of its words."""
 
     kind: str
     strong: frozenset[str]
-    weak: frozenset[str]
-
-    @property
-    def words(self) -> frozenset[str]:
-        return self.strong | self.weak
+    words: frozenset[str]
 
     def has(self, spellings: Iterable[str]) -> bool:
         return not self.words.isdisjoint(spellings)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Tokens:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Words:
     """The words of a text: where they are, and how they may be spelled without accents."""
 
     text: str
     spans: list[tuple[int, int]]
     spellings: list[tuple[str, ...]]
 
+    @classmethod
+    def of(cls, text: str) -> "Words":
+        """Find the words of ``text``: letters and digits, without underscores."""
+        spans = [match.span() for match in _TOKEN.finditer(text)]
+        if text.isascii():
+            return cls(text=text, spans=spans, spellings=[(word,) for word in _TOKEN.findall(text.lower())])
+        return cls(text=text, spans=spans, spellings=[_spellings(text[begin:end]) for begin, end in spans])
 
-def known_spans(text: str, known: KnownIdentifiers) -> Iterator[Span]:
+
+def known_spans(tokens: Words, known: KnownIdentifiers) -> Iterator[Span]:
     """Find what ``known`` holds, in every usual spelling.
 
     A word of a name is found in any case, with or without accents, umlauts in either spelling, hyphens,
@@ -151,17 +157,14 @@ def known_spans(text: str, known: KnownIdentifiers) -> Iterator[Span]:
     count where only the first is a capital. Numbers need ``MIN_ID_CHARACTERS``; separators and leading zeros
     make no difference.
     """
-    spans = [match.span() for match in _TOKEN.finditer(text)]
-    tokens = _Tokens(text=text, spans=spans, spellings=[_spellings(text[a:b]) for a, b in spans])
-    names = [*_names(known.people, "name"), *_names(known.places, "place")]
     lettered = [value for value in known.ids if not _DIGIT.search(value)]
-    names += _names(lettered, "id")
-    if names:
+    listed = ((known.people, "name"), (known.places, "place"), (lettered, "id"))
+    if names := [name for values, kind in listed for value in values for name in _names(value, kind)]:
         yield from _name_spans(tokens, names)
     yield from _literal_spans(tokens, _literals(known))
     days = {(day.day, day.month) for day in map(_as_date, known.dates) if day}
     if days:
-        for match in _DAY_MONTH.finditer(text):
+        for match in _DAY_MONTH.finditer(tokens.text):
             pair = (int(match[1]), int(match[3]))
             if pair in days or pair[::-1] in days:
                 yield (*match.span(), "date")
@@ -179,24 +182,25 @@ def is_title(text: str, begin: int, end: int) -> bool:
 def _spellings(word: str) -> tuple[str, ...]:
     if word.isascii():
         return (word.lower(),)
-    return tuple({fold(word), fold(word.lower().translate(_TWO_LETTERS))})
+    return tuple(dict.fromkeys((fold(word), fold(word.lower().translate(_TWO_LETTERS)))))
 
 
-def _names(values: Iterable[str], kind: str) -> Iterator[_Name]:
-    for value in values:
-        strong: set[str] = set()
-        weak: set[str] = set()
-        for component in re.split(r"[\^=,;]", value):
-            words = [spelling for word in _TOKEN.findall(component) for spelling in _spellings(word)]
-            for group in component.split():
-                parts = _TOKEN.findall(group)
-                words += _spellings("".join(parts)) if len(parts) > 1 else ()  # OBrien, SchmidtRottluff
-            if len(words) > 1 and words[0] in PARTICLES:
-                words += _spellings("".join(_TOKEN.findall(component)))  # vanderBerg
-            for word in words:
-                (strong if _gives_away(word) else weak).add(word)
-        if strong | weak:
-            yield _Name(kind=kind, strong=frozenset(strong), weak=frozenset(weak))
+@lru_cache(maxsize=4096)  # staff and institutions come again and again
+def _names(value: str, kind: str) -> tuple[_Name, ...]:
+    """The name that ``value`` spells, if it holds a word."""
+    strong: set[str] = set()
+    weak: set[str] = set()
+    for component in re.split(r"[\^=,;]", value):
+        words = [spelling for word in _TOKEN.findall(component) for spelling in _spellings(word)]
+        for group in component.split():
+            parts = _TOKEN.findall(group)
+            words += _spellings("".join(parts)) if len(parts) > 1 else ()  # OBrien, SchmidtRottluff
+        if len(words) > 1 and words[0] in PARTICLES:
+            words += _spellings("".join(_TOKEN.findall(component)))  # vanderBerg
+        for word in words:
+            (strong if _gives_away(word) else weak).add(word)
+    name = _Name(kind=kind, strong=frozenset(strong), words=frozenset(strong | weak))
+    return (name,) if name.words else ()
 
 
 def _gives_away(word: str) -> bool:
@@ -207,14 +211,16 @@ def _gives_away(word: str) -> bool:
     return len(word) > 1
 
 
-def _name_spans(tokens: _Tokens, names: list[_Name]) -> Iterator[Span]:
+def _name_spans(tokens: Words, names: list[_Name]) -> Iterator[Span]:
     owners: dict[str, list[_Name]] = defaultdict(list)
     for name in names:
         for word in name.words:
             owners[word].append(name)
     done = -1
-    for index in range(len(tokens.spans)):
-        if index <= done:
+    for index, spellings in enumerate(tokens.spellings):
+        word = spellings[0]
+        stranger = len(spellings) == 1 and word not in owners and word[-1] != "s" and word not in PARTICLES
+        if stranger or index <= done:
             continue
         known_to = [name for form in _forms(tokens, index) for name in owners.get(form, ())]
         for name in dict.fromkeys(known_to):
@@ -225,7 +231,7 @@ def _name_spans(tokens: _Tokens, names: list[_Name]) -> Iterator[Span]:
                 done = max(done, last)
 
 
-def _forms(tokens: _Tokens, index: int) -> tuple[str, ...]:
+def _forms(tokens: Words, index: int) -> tuple[str, ...]:
     """What to look a word up as: as it is, without a genitive's s, and together with the word after it."""
     spellings = tokens.spellings[index]
     forms = spellings
@@ -238,7 +244,7 @@ def _forms(tokens: _Tokens, index: int) -> tuple[str, ...]:
     return forms
 
 
-def _run(tokens: _Tokens, first: int, name: _Name) -> int:
+def _run(tokens: Words, first: int, name: _Name) -> int:
     """The last of the words after ``first`` that belong to the same name."""
     last = first
     if not name.has(tokens.spellings[first]) and tokens.spellings[first][0] in PARTICLES:
@@ -253,7 +259,7 @@ def _run(tokens: _Tokens, first: int, name: _Name) -> int:
     return last
 
 
-def _is_name(tokens: _Tokens, first: int, last: int, name: _Name) -> bool:
+def _is_name(tokens: Words, first: int, last: int, name: _Name) -> bool:
     run = range(first, last + 1)
     if any(_is_strong(tokens, index, name) for index in run):
         return True
@@ -267,7 +273,7 @@ def _is_name(tokens: _Tokens, first: int, last: int, name: _Name) -> bool:
     return len(real) >= 2 and any(mark in gap for gap in gaps for mark in ",^") and name.kind == "name"
 
 
-def _is_strong(tokens: _Tokens, index: int, name: _Name) -> bool:
+def _is_strong(tokens: Words, index: int, name: _Name) -> bool:
     forms = name.strong.intersection(_forms(tokens, index))
     if not forms:
         return False
@@ -277,7 +283,7 @@ def _is_strong(tokens: _Tokens, index: int, name: _Name) -> bool:
     return True
 
 
-def _with_initials(tokens: _Tokens, first: int, last: int, name: _Name) -> tuple[int, int]:
+def _with_initials(tokens: Words, first: int, last: int, name: _Name) -> tuple[int, int]:
     while first and _beside(tokens, first) and _is_initial(tokens, first - 1, name):
         first -= 1
     while last + 1 < len(tokens.spans) and _beside(tokens, last + 1) and _is_initial(tokens, last + 1, name):
@@ -285,7 +291,7 @@ def _with_initials(tokens: _Tokens, first: int, last: int, name: _Name) -> tuple
     return first, last
 
 
-def _is_initial(tokens: _Tokens, index: int, name: _Name) -> bool:
+def _is_initial(tokens: Words, index: int, name: _Name) -> bool:
     begin, end = tokens.spans[index]
     if end - begin != 1 or not tokens.text[begin].isupper():
         return False
@@ -293,7 +299,7 @@ def _is_initial(tokens: _Tokens, index: int, name: _Name) -> bool:
     return dotted or any(word[:1] in tokens.spellings[index] for word in name.words)
 
 
-def _beside(tokens: _Tokens, index: int) -> bool:
+def _beside(tokens: Words, index: int) -> bool:
     """Whether a word follows the one before it without anything else between."""
     (begin, end), after = tokens.spans[index - 1], tokens.spans[index][0]
     gap = tokens.text[end:after]
@@ -330,7 +336,7 @@ def _literals(known: KnownIdentifiers) -> Mapping[str, str]:
     }
 
 
-def _literal_spans(tokens: _Tokens, literals: Mapping[str, str]) -> Iterator[Span]:
+def _literal_spans(tokens: Words, literals: Mapping[str, str]) -> Iterator[Span]:
     if not literals:
         return
     words = [spellings[0] for spellings in tokens.spellings]
@@ -357,7 +363,7 @@ def _edge(compact: str, starts: list[int], at: int) -> bool:
     return compact[at - 1].isdigit() != compact[at].isdigit()
 
 
-def _unbroken(tokens: _Tokens, first: int, last: int) -> bool:
+def _unbroken(tokens: Words, first: int, last: int) -> bool:
     ends = pairwise(tokens.spans[first : last + 1])
     return all(_ID_GAP.fullmatch(tokens.text[left[1] : right[0]]) for left, right in ends)
 

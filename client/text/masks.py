@@ -4,7 +4,8 @@ import re
 
 MASK = "___"  # as MIMIC writes what was removed; OpenI writes XXXX, older releases [** ... **]
 
-_PLAIN = re.compile(r"(?:_{2,}|\bX{4,})_*")
+_LETTERS = re.compile(r"\bX{4,}_*")
+_LINES = re.compile(r"_{2,}")
 _RUN = re.compile(rf"{MASK}(?:\s+{MASK})+")
 
 
@@ -14,7 +15,11 @@ def unify_masks(text: str) -> str:
     Guarantees:
         The result of a result is itself. Takes time linear in the text.
     """
-    return _RUN.sub(MASK, _PLAIN.sub(MASK, _without_brackets(text)))
+    if "[**" in text:
+        text = _without_brackets(text)
+    if "XXXX" in text:
+        text = _LETTERS.sub(MASK, text)
+    return _RUN.sub(MASK, _LINES.sub(MASK, text)) if "__" in text else text
 
 
 def _without_brackets(text: str) -> str:

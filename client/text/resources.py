@@ -40,4 +40,5 @@ def fold(text: str) -> str:
     if text.isascii():
         return text.lower()
     decomposed = unicodedata.normalize("NFKD", text.casefold().translate(_LIGATURES))
-    return "".join(character for character in decomposed if not unicodedata.combining(character))
+    folded = "".join(character for character in decomposed if not unicodedata.combining(character))
+    return folded or text  # a lone sign that is nothing but an accent

@@ -48,6 +48,7 @@ _KIND, SIGNATURE_CUES = _kinds()
 _LAST_WORDS = frozenset(name.split()[-1] for name in _KIND)
 _MAX_NAME = max(map(len, _KIND))
 _SENTENCE_END = tuple(".;!?)")
+_MAX_LINE = 2 * _MAX_NAME  # with marks and a remark in brackets around the name
 _MAX_PASSES = 4
 _BEFORE_NAME = re.compile(r"[*#>.;!?)]")
 _WORD = re.compile(r"\S+")
@@ -148,9 +149,11 @@ def _headings(report: str) -> Iterator[tuple[int, int, str]]:
     """Where each heading begins and ends, and its kind."""
     begin = 0
     for line in report.split("\n"):
-        before, *pieces = line.split(":")
         start, opens = begin, True
         begin += len(line) + 1
+        if len(line) > _MAX_LINE and ":" not in line:
+            continue
+        before, *pieces = line.split(":")
         for after in (*pieces, None):
             found = _heading(before, opens=opens, colon=after is not None)
             if found is not None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -70,6 +70,8 @@ class Terms(Generic[T]):
                 else:
                     self._by_start[stem[:_KEY_LETTERS]].append((pattern, value))
         self._inner = [(pattern, value) for _, pattern, value in inner]
+        # The longest run of letters of each: where none is in a sentence, the slow search is not needed.
+        self._stems = {max(first.split("*"), key=len) for first, _, _ in inner}
         self._any_inner = re.compile(
             "|".join(rf"(?<!\w){_word(first)}(?!\w)" for first, _, _ in inner) or r"(?!)"
         )
@@ -77,18 +79,18 @@ class Terms(Generic[T]):
     def find(self, words: list[str]) -> Iterator[Found[T]]:
         """Yield the terms from left to right; none overlaps another, and the longest goes first."""
         text = " ".join(words)
-        starts, at = [], 0
-        for word in words:
-            starts.append(at)
-            at += len(word) + 1
-        inner = {match.start() for match in self._any_inner.finditer(text)}
-        done = -1
+        inner: Set[int] = frozenset()
+        if any(stem in text for stem in self._stems):
+            inner = {match.start() for match in self._any_inner.finditer(text)}
+        by_start = self._by_start
+        done, start, following = -1, 0, 0
         for number, word in enumerate(words):
-            candidates = self._by_start.get(word[:_KEY_LETTERS], ())
-            if number <= done or not (candidates or inner):
+            start, following = following, following + len(word) + 1
+            candidates = by_start.get(word[:_KEY_LETTERS])
+            if number <= done or not (candidates or start in inner):
                 continue
-            start, end = starts[number], -1
-            for pattern, value in (*candidates, *(self._inner if start in inner else ())):
+            end = -1
+            for pattern, value in (*(candidates or ()), *(self._inner if start in inner else ())):
                 match = pattern.match(text, start)
                 if match and match.end() > end:
                     end, best = match.end(), value
