@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from client.cohort import Cohort, CohortSettings, SourceMissingError, build_cohort
+from client.cohort.salt import open_or_make_salt
+from client.cohort.workers import SECONDS_PER_FILE
 from client.limits import Policy
 from client.pacs import DicomWebTable, DimseTable, Fetched, Spool, fetch, open_source
 from client.reports.settings import ReportSettings
@@ -31,6 +33,11 @@ class CohortTable(PairSource):
         patients_declared: The cohort's size as the site states it in public; never the exact count.
         image_size: Pixels images are packed at.
         test_fraction: Share of patients held out, where no split column says so.
+        merge: CSV with the columns patient_id and same_as: ids of one patient, who is one in everything.
+        seconds_per_file: Wall time after which a file is given up.
+        max_failure_share: Largest share of inputs that may fail; above it the cohort of before stays.
+        salt: For simulations, which have to repeat. Whoever reads it can tell pseudonyms and the split; a
+            hospital leaves it out and gets a secret of its own, in ``cohort.salt``.
         dicomweb: A PACS to fetch from; ``dicom``, by default ``incoming``, is then where its files are kept.
         dimse: Instead of it, a PACS that speaks DICOM's own protocol.
     """
@@ -38,8 +45,14 @@ class CohortTable(PairSource):
     patients_declared: int = Field(ge=1)
     image_size: int = Field(default=224, ge=16, le=1024)
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    merge: Path | None = None
+    seconds_per_file: float = Field(default=SECONDS_PER_FILE, gt=0)
+    max_failure_share: float = Field(default=1.0, ge=0, le=1)
+    salt: str | None = Field(default=None, min_length=1)
     dicomweb: DicomWebTable | None = None
     dimse: DimseTable | None = None
+
+    PATHS: ClassVar[tuple[str, ...]] = (*PairSource.PATHS, "merge")
 
     @model_validator(mode="before")
     @classmethod
@@ -162,9 +175,17 @@ class Site:
             labels=self._path(source.labels),
             image_size=source.image_size,
             test_fraction=source.test_fraction,
-            salt=f"clipward/{self.name}",
+            merge=self._path(source.merge),
+            seconds_per_file=source.seconds_per_file,
+            max_failure_share=source.max_failure_share,
+            salt=source.salt or open_or_make_salt(self.folder, cohort=self.cohort_folder),
         )
-        return build_cohort(settings, self.folder / "cohort", on_progress=on_progress)
+        return build_cohort(settings, self.cohort_folder, on_progress=on_progress)
+
+    @property
+    def cohort_folder(self) -> Path:
+        """Where the cohort is packed."""
+        return self.folder / "cohort"
 
     def ledger(self) -> Ledger:
         """The budget of this site's patients. It stays one ledger when images are added to the cohort.

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from client.app import app as client_app
 from client.app import site_folders
 from client.cohort import Cohort
+from client.cohort.salt import SALT_FILE
 from client.cohort.tables import read_table
 from client.site import SITE_FILE, Site
 from clipward.backends import run_in_process, run_on_ray
@@ -174,6 +175,7 @@ def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
                     "where": {column: value},
                     "patients-declared": len(patients[value]),
                     "image-size": simulation.image_size,
+                    "salt": f"clipward/{name}",
                 },
                 "policy": simulation.policy.model_dump(mode="json", by_alias=True),
             },
@@ -201,9 +203,10 @@ def without_privacy(federation: Federation, *, runs: Path, on_progress: Progress
         cohort = site.settings.cohort.relative_to(folder.resolve())
         settings["cohort"] = cohort.model_dump(mode="json", by_alias=True, exclude_none=True)
         _write_site(root / folder.name, settings)
-        shared = root / folder.name / "cohort"
-        if not shared.exists():
-            shared.symlink_to((folder / "cohort").resolve(), target_is_directory=True)
+        for shared in (site.cohort_folder, folder / SALT_FILE):
+            link = root / folder.name / shared.name
+            if shared.exists() and not link.exists():
+                link.symlink_to(shared.resolve(), target_is_directory=shared.is_dir())
     return federation.model_copy(
         update={
             "name": name,

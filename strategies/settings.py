@@ -87,7 +87,7 @@ class PairSource(Settings):
     where: dict[str, str] = Field(default_factory=dict)
     labels: Path | None = None
 
-    PATHS: ClassVar = ("dicom", "table", "labels")
+    PATHS: ClassVar[tuple[str, ...]] = ("dicom", "table", "labels")
     REPORTS: ClassVar = ("reports", "reports_hl7", "reports_fhir", "reports_text", "reports_sr")
 
     @model_validator(mode="after")

@@ -290,7 +290,8 @@ def write_site(folder: Path, name: str, *, dicom: str, reports: str) -> None:
     (folder / "site.toml").write_text(
         f'version = 1\nname = "{name}"\n'
         f'[cohort]\ndicom = "{dicom}"\nreports = "{reports}"\npatients-declared = {PATIENTS}\n'
-        "image-size = 32\n[policy]\nmin-patients = 10\n[device]\nthreads = 1\n"
+        f'image-size = 32\nsalt = "{name}"\n[policy]\n'
+        "min-patients = 10\n[device]\nthreads = 1\n"
     )
 
 

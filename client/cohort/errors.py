@@ -36,5 +36,9 @@ class StoredCohortError(CohortError):
     """A folder holds no cohort, one of another version, a damaged one, or something else entirely."""
 
 
+class SaltError(CohortError):
+    """The site's secret is lost, damaged, or known to others."""
+
+
 class WorkersError(CohortError):
     """The processes that read files do not start."""

@@ -208,6 +208,7 @@ reports = "reports.csv"            # one report per study, matched by accession 
 labels = "labels.csv"              # for evaluation; never trained on
 patients-declared = {patients:<14} # leaves the hospital as it is: a round number of choice, not a count
 image-size = {IMAGE_SIZE_PIXELS:<21} # pixels; images are packed at this size
+{f'salt = "clipward/{name}"':<34} # so that runs repeat; a real hospital leaves it out and has a secret
 
 [policy]
 require-dp = true                  # nothing leaves without clipping and noise

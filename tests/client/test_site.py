@@ -1,8 +1,12 @@
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from client.cohort import SourceMissingError
+from client.cohort import SaltError, SourceMissingError, TooManyFailuresError
+from client.cohort.salt import SALT_FILE
 from client.site import Site, packed_cohort
 from privacy.errors import WrongLedger
 from strategies.settings import SettingsError
@@ -104,6 +108,48 @@ def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
 def test_data_lies_relative_to_the_site(tmp_path: Path) -> None:
     with pytest.raises(SourceMissingError, match=str(tmp_path / "images.csv")):
         opened(tmp_path).cohort()
+
+
+def images(folder: Path) -> str:
+    """Write a table of a few images; return what a site file says of it."""
+    for number in range(8):
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / f"{number}.png")
+    rows = [f"{number}.png,Note {number}.,p{number}" for number in range(8)]
+    (folder / "images.csv").write_text("\n".join(["image,text,patient_id", *rows]))
+    return SHORTEST.replace("patients-declared", "image-size = 16\ntest-fraction = 0.5\npatients-declared")
+
+
+def test_a_site_keeps_a_secret_of_its_own(tmp_path: Path) -> None:
+    text = images(tmp_path)
+    first = opened(tmp_path, text).cohort()
+    secret = (tmp_path / SALT_FILE).read_bytes()
+    assert opened(tmp_path, text.replace("north", "south")).cohort().identity == first.identity
+    assert (tmp_path / SALT_FILE).read_bytes() == secret
+    (tmp_path / SALT_FILE).unlink()
+    with pytest.raises(SaltError, match="restore it"):
+        opened(tmp_path, text).cohort()
+    shutil.rmtree(tmp_path / "cohort")
+    assert opened(tmp_path, text).cohort().identity != first.identity
+
+
+def test_a_simulated_site_repeats_its_split(tmp_path: Path) -> None:
+    text = images(tmp_path).replace("image-size", 'salt = "sim"\nimage-size')
+    first = opened(tmp_path, text).cohort()
+    shutil.rmtree(tmp_path / "cohort")
+    assert opened(tmp_path, text).cohort().identity == first.identity
+    assert not (tmp_path / SALT_FILE).exists()
+    with pytest.raises(SettingsError, match=r"cohort.salt: String should have at least 1 character"):
+        opened(tmp_path, text.replace('"sim"', '""'))
+
+
+def test_what_a_site_says_of_merges_and_failures_is_heard(tmp_path: Path) -> None:
+    text = images(tmp_path).replace("image-size", 'merge = "m.csv"\nmax-failure-share = 0.1\nimage-size')
+    (tmp_path / "m.csv").write_text("patient_id,same_as\np1,p2\n")
+    assert opened(tmp_path, text).cohort().patients.max() + 1 == 7
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(TooManyFailuresError, match="1 of 8 inputs cannot be used"):
+        opened(tmp_path, text).cohort()
+    assert opened(tmp_path, text.replace("0.1", "0.2")).cohort().patients.max() + 1 == 6
 
 
 def test_a_cohort_is_looked_at_once_per_process(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from client.cohort import State, open_cohort
 REAL, GENERATED, KILLED_AT = 300, 100_000, 200
 MOST_GROWTH_MB = 60
 
-# A folder of files, each of which is an image by its name, and behind them many that are generated. Every file
-# that is opened is noted; the process kills itself at one of them.
+# A folder of files, each of which is an image by its name, and behind them many that are generated. Every
+# file that is opened is noted; the process kills itself at one of them.
 BUILD = """
 import os, resource, signal, sys
 from pathlib import Path
@@ -30,8 +30,8 @@ notes = os.open(root / "notes", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 def image(path, number, text=None):
     keys = {"accession_number": f"A{number}", "study_instance_uid": f"1.2.{number}"}
     uid = f"1.2.826.0.1.3680043.10.543.{number:039}"
-    return Candidate(path=path, patient=f"P{number // 3}", study=keys["study_instance_uid"], keys=keys, uid=uid,
-                     text=text)
+    study = keys["study_instance_uid"]
+    return Candidate(path=path, patient=f"P{number // 3}", study=study, keys=keys, uid=uid, text=text)
 
 def read_header(path):
     os.write(notes, f"{path.name}\\n".encode())

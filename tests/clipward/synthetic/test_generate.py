@@ -107,6 +107,7 @@ def test_the_site_file_has_exactly_the_keys_a_site_reads(tree: Path) -> None:
             "labels": "labels.csv",
             "patients-declared": 12,
             "image-size": 128,
+            "salt": "clipward/site-2",
         },
         "policy": {"require-dp": True, "epsilon-max": 8.0, "delta": 1e-3, "min-patients": 12},
     }
