@@ -20,7 +20,7 @@ import pytest
 import client.app
 from client import answers, training
 from client.cohort import SourceMissingError, dicom_folder, display, pairing
-from client.cohort.store import CohortWriter
+from client.cohort.packing import CohortWriter
 from client.errors import Refused
 from client.releases import ReleaseStore
 from client.reports.index import ReportIndex
@@ -136,7 +136,7 @@ LAYERS: list[Layer] = [
     ("cohort scanned", dicom_folder, "read_header", raising(OSError(5, "bad", EVERYTHING)), "failed", True),
     ("report kept", ReportIndex, "add", quoting(UnicodeError), "failed", True),
     ("image decoded", display, "display_image", quoting(SystemError), "cohort", False),
-    ("report read", pairing, "training_text", quoting(IndexError), "failed", True),
+    ("report read", pairing, "parse", quoting(IndexError), "failed", True),
     ("cohort written", CohortWriter, "add", raising(OSError(28, "full", EVERYTHING)), "failed", True),
     ("bundle loaded", BundleStore, "load", quoting(OSError), "failed", True),
     ("model made", answers, "part_of", quoting(EncoderError), "model", True),
@@ -232,7 +232,7 @@ def test_a_real_hospitals_export_stays_in_its_folder(
     forbidden = {**MARKERS, **canaries, **{f"text {number}": text for number, text in enumerate(texts)}}
     at = At("export", monkeypatch)
     at.put(answers, "train_privately", raising(RuntimeError(" ".join(forbidden.values()))), server_round=2)
-    at.put(pairing, "training_text", _quoting_its_argument, server_round=3, fresh=True)
+    at.put(pairing, "parse", _quoting_its_argument, server_round=3, fresh=True)
     assert outside.run() == 0
     assert outside.codes() == {2: "failed", 3: "failed"}
     assert outside.leaks(forbidden) == []

@@ -98,6 +98,7 @@ def test_every_status_is_known(tmp_path: Path, word: Any, status: Status, remark
             "FINDINGS: x\nIMPRESSION:  Normal.",
         ),
         ({"presentedForm": [form("<p>a</p><p>Normal.</p>", "text/html; charset=utf-8")]}, "a\n\nNormal."),
+        ({"presentedForm": form("Is now\n  small."), "conclusion": "Is now small."}, "Is now\n  small."),
         ({"presentedForm": form("Normal. Really.")}, "Normal. Really."),
         ({"presentedForm": [form("x", "application/pdf")]}, "IMPRESSION:\nNormal."),
         ({"presentedForm": [form("Ö Normal.", "text/plain; charset=latin-9000")]}, "Ö Normal."),

@@ -91,6 +91,11 @@ def test_issuers_decide_where_both_are_named(index: ReportIndex, ours: str, thei
     assert (found(index, report(issuer=theirs), issuer=ours) is not None) == pairs
 
 
+def test_the_study_id_of_another_patient_does_not_help_another_issuers_number(index: ReportIndex) -> None:
+    told = report(issuer="OTHER", study_id="7", patient="p2")
+    assert found(index, told, issuer="RIS") is None
+
+
 def test_two_issuers_under_one_number_keep_their_own(index: ReportIndex) -> None:
     reports = [report("north", issuer="NORTH"), report("south", issuer="SOUTH")]
     assert text_of(found(index, *reports, issuer="SOUTH")) == "south"

@@ -139,6 +139,12 @@ def test_texts_without_containers_stand_under_their_own_names(tmp_path: Path) ->
     assert report(tmp_path, document(because)).text == "IMPRESSION:\nCancer.\n\nFINDINGS:\nNodule."
 
 
+def test_what_qualifies_an_item_is_no_sentence(tmp_path: Path) -> None:
+    comment = item("TEXT", code("0", "Comment"), relation="HAS CONCEPT MOD", TextValue="by phone")
+    finding = item("TEXT", code("121071", "Finding"), comment, TextValue="Nodule.")
+    assert report(tmp_path, document(finding)).text == "FINDINGS:\nNodule."
+
+
 def test_coded_findings_are_read_by_their_meaning(tmp_path: Path) -> None:
     coded = item("CODE", code("121071", "Finding"), ConceptCodeSequence=code("1", "Pneumothorax", "SCT"))
     site = item(
