@@ -58,17 +58,17 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
 
 def _parse(file: BinaryIO, keywords: Collection[str], *, pixels: bool) -> Dataset:
     """Read to the end, but map an uncompressed ``PixelData``, or stop at it where it is not wanted."""
-    size = os.fstat(file.fileno()).st_size
-    start = stop = 0
+    size = os.fstat(file.fileno()).st_size if pixels else 0
+    start, stop, kind = 0, 0, ""
 
-    def at_pixels(tag: int, _: str | None, length: int) -> bool:
-        nonlocal start, stop
+    def at_pixels(tag: int, vr: str | None, length: int) -> bool:
+        nonlocal start, stop, kind
         if tag != _PIXEL_DATA or not pixels:
             return tag == _PIXEL_DATA
         # Compressed pixels have no length; a deflated data set has been read to the end of its file.
         if length in (0, _UNDEFINED) or file.tell() == size:
             return False
-        start, stop = file.tell(), file.tell() + length
+        start, stop, kind = file.tell(), file.tell() + length, vr or "OW"  # implicit is OW (PS3.5 A.1)
         return True
 
     tags = [Tag(keyword) for keyword in keywords]
@@ -76,7 +76,7 @@ def _parse(file: BinaryIO, keywords: Collection[str], *, pixels: bool) -> Datase
     if stop:
         # Never closed: the mapping ends with the last view of it.
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        dataset.add(DataElement("PixelData", "OW", mapped[start:stop], already_converted=True))
+        dataset.add(DataElement("PixelData", kind, mapped[start:stop], already_converted=True))
     return dataset
 
 
