@@ -163,11 +163,19 @@ class Site:
         Raises:
             CohortError: the source cannot be used; the text is for the hospital's eyes.
         """
+        return build_cohort(self.cohort_settings(), self.cohort_folder, on_progress=on_progress)
+
+    def cohort_settings(self) -> CohortSettings:
+        """How the cohort is packed, with the site's secret, which is made if there is none.
+
+        Raises:
+            CohortError: nothing is fetched from the PACS yet, or the secret is lost.
+        """
         source = self.settings.cohort
         folder = self._path(source.dicom)
         if source.pacs is not None and folder is not None and not folder.is_dir():
             raise SourceMissingError(f"nothing is fetched yet: run clipward cohort build {self.folder}")
-        settings = CohortSettings(
+        return CohortSettings(
             dicom=folder,
             reports=ReportSettings.of(source, self.folder),
             table=self._path(source.table),
@@ -180,7 +188,6 @@ class Site:
             max_failure_share=source.max_failure_share,
             salt=source.salt or open_or_make_salt(self.folder, cohort=self.cohort_folder),
         )
-        return build_cohort(settings, self.cohort_folder, on_progress=on_progress)
 
     @property
     def cohort_folder(self) -> Path:

@@ -1,0 +1,60 @@
+"""Text in the pixels: where a packed image looks as if something were written on it.
+
+A heuristic, and no proof of absence: it sees lines of four characters or more that are still legible after
+packing, brighter or darker than what they are written on, near the image's border, where scanners write. Side
+markers of one letter are not meant; "SUPINE" or "PORTABLE" is found like a name would be. Slices of CT and
+calcified vessels are taken for text now and then.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+# Measured on 455 public chest images at 224 pixels and the same with lines of 10 to 19 characters drawn on
+# them in 7 to 16 pixels: 79 to 87 in 100 were found; of 18 flagged without drawing, 12 had text.
+STROKE_PIXELS = 5  # strokes are narrower
+STROKE_CONTRAST = 40  # grey levels
+HEIGHT = (4, 24)  # of a line
+MIN_WIDTH, MIN_ASPECT = 20, 2.5
+FILL = (0.12, 0.75)  # of a line's box with strokes
+MIN_CHANGES = 0.18  # from stroke to ground and back, per pixel along a line
+BORDER = 0.25  # of the side: a line whose middle is nearer to an edge counts
+
+_NEAR = np.ones((1, 7), dtype=bool)  # characters of one line
+_TOUCHING = np.ones((3, 3), dtype=bool)
+
+
+def has_text(image: NDArray[np.uint8]) -> bool:
+    """Return whether an image, shape (S, S), looks as if it had writing near its border."""
+    levels = image.astype(np.int16)
+    size = (STROKE_PIXELS, STROKE_PIXELS)
+    bright = levels - ndimage.grey_opening(levels, size)
+    dark = ndimage.grey_closing(levels, size) - levels
+    return any(_has_line(strokes > STROKE_CONTRAST) for strokes in (bright, dark))
+
+
+def _has_line(strokes: NDArray[np.bool_]) -> bool:
+    margin = _NEAR.shape[1]
+    padded = np.pad(strokes, margin)
+    joined = ndimage.binary_closing(padded, _NEAR)[margin:-margin, margin:-margin]
+    labels, _ = ndimage.label(joined, _TOUCHING)
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if _may_be_line(box, len(strokes)) and _is_written(strokes[box] & (labels[box] == number)):
+            return True
+    return False
+
+
+def _may_be_line(box: tuple[slice, slice], side: int) -> bool:
+    (top, bottom), (left, right) = ((part.start, part.stop) for part in box)
+    height, width = bottom - top, right - left
+    if not (HEIGHT[0] <= height <= HEIGHT[1] and width >= max(MIN_WIDTH, MIN_ASPECT * height)):
+        return False
+    middle = np.array([top + bottom, left + right]) / (2 * side)
+    return bool(np.minimum(middle, 1 - middle).min() < BORDER)
+
+
+def _is_written(strokes: NDArray[np.bool_]) -> bool:
+    height, width = strokes.shape
+    changes = np.abs(np.diff(strokes.astype(np.int8), axis=1)).sum(axis=1) / width
+    busiest = np.sort(changes)[-max(3, height // 2) :]
+    return bool(FILL[0] < strokes.mean() < FILL[1] and np.median(busiest) > MIN_CHANGES)
