@@ -208,7 +208,7 @@ class _Secret(AuthBase):
         if secret is None:
             return request
         if self._user is not None:
-            return HTTPBasicAuth(self._user, secret)(request)
+            return HTTPBasicAuth(self._user.encode(), secret.encode())(request)  # RFC 7617 2.1
         request.headers["Authorization"] = f"Bearer {secret}"
         return request
 

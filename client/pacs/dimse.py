@@ -1,5 +1,6 @@
 """A PACS by DICOM's own protocol: studies by C-FIND, objects by C-MOVE to this site's own receiver."""
 
+import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from client.pacs.spool import Spool
 
 _PENDING = (0xFF00, 0xFF01)  # PS3.4 C.4.1.1.4
 _SUCCESS, _SOME_FAILED, _UNKNOWN_DESTINATION = 0x0000, 0xB000, 0xA801  # PS3.4 C.4.2.1.5
+_NOBODY = "2.25.0"
 _CALLING_AE, _CALLED_AE = 3, 7  # why an association is rejected, PS3.8 9.3.4
 
 
@@ -67,10 +69,17 @@ class Dimse:
         self._receiver.__exit__(kind, error, traceback)
 
     def check(self) -> None:
-        """Send a C-ECHO."""
+        """Send a C-ECHO, and ask for a study that nobody has: some archives let strangers do the first only."""
         with self._association() as association:
             if association.send_c_echo().get("Status") != _SUCCESS:
                 raise PacsConfused(f"{self._named} does not answer a C-ECHO; is it a PACS?")
+        try:
+            list(self.studies({"StudyInstanceUID": _NOBODY}))
+        except PacsUnreachable:
+            raise PacsRefused(
+                f"{self._named} breaks off a query of {self._table.calling_ae!r}: have this AE title "
+                "entered there, or see cohort.dimse.calling-ae"
+            ) from None
 
     def studies(self, filters: Mapping[str, str]) -> Iterator[Study]:
         """Yield the studies that match."""
@@ -164,13 +173,17 @@ class Dimse:
             return PacsRefused(
                 f"{self._named} rejects {self._table.calling_ae!r}; see both AE titles in cohort.dimse"
             )
-        if association.is_aborted:
+        try:  # pynetdicom says the same of no answer and of a wrong one
+            socket.create_connection(
+                (self._table.host, self._table.port), self._table.timeout_seconds
+            ).close()
+        except OSError as error:
             return PacsUnreachable(
-                f"{self._named} breaks off the greeting; see port, tls and both AE titles in cohort.dimse"
+                f"nothing answers at {self._where} ({error.strerror or error}): see host and port in "
+                "cohort.dimse, the firewall, and whether the PACS runs"
             )
         return PacsUnreachable(
-            f"nothing answers at {self._where}: see host and port in cohort.dimse, the firewall, and whether "
-            "the PACS runs"
+            f"{self._named} breaks off the greeting; see port, tls and both AE titles in cohort.dimse"
         )
 
     @property
@@ -181,8 +194,8 @@ class Dimse:
     def _unknown_destination(self) -> str:
         table = self._table
         return (
-            f"{self._named} does not know where {table.calling_ae!r} is: have it entered there with this "
-            f"machine's address and port {table.own_port}"
+            f"{self._named} cannot send to {table.calling_ae!r}: have this AE title entered there with this "
+            f"machine's address and port {table.own_port}, open that port, and see senders in cohort.dimse"
         )
 
     @property

@@ -253,7 +253,7 @@ def test_libraries_are_silent_while_a_fetch_runs_and_heard_again(
 uids = st.lists(st.integers(1, 10**6).map(str), unique=True, max_size=12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(first=uids, second=uids, data=st.data())
 def test_whatever_fails_on_the_way_the_spool_ends_up_as_the_pacs(
     tmp_path_factory: pytest.TempPathFactory, first: list[str], second: list[str], data: st.DataObject
