@@ -1,6 +1,6 @@
 """The display pipeline against pydicom's textbook path and the standard's own words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 from pydicom import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
+    CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -20,8 +21,7 @@ from pydicom.uid import (
 )
 
 from client.cohort.display import Window, display_image, grey_image
-from client.cohort.outcomes import Code, RefusedError
-from client.cohort.resizing import fit_square, shrink
+from client.cohort.outcomes import Code, RefusedError, Rejected, State
 
 SIZE = 32
 
@@ -136,12 +136,17 @@ def test_window_of_width_one_is_a_step(dicom: Callable[..., Dataset]) -> None:
 
 
 def test_voi_lut_goes_before_the_window(dicom: Callable[..., Dataset]) -> None:
-    lut = Dataset()
-    lut.LUTDescriptor = [4096, 0, 12]
-    lut.LUTData = np.rint(4095 * (np.arange(4096) / 4095) ** 2).astype(np.uint16).tolist()
-    lut["LUTData"].VR = "US"
+    lut = table_of(np.rint(4095 * (np.arange(4096) / 4095) ** 2))
     dataset = dicom(VOILUTSequence=[lut], WindowCenter=100, WindowWidth=10)
     assert np.abs(display_image(dataset, size=SIZE)[0] - textbook(dataset)).max() <= 1
+
+
+def table_of(values: NDArray[Any]) -> Dataset:
+    lut = Dataset()
+    lut.LUTDescriptor = [len(values), 0, 12]
+    lut.LUTData = values.astype(int).tolist()
+    lut["LUTData"].VR = "US"
+    return lut
 
 
 def test_modality_lut_is_applied(dicom: Callable[..., Dataset]) -> None:
@@ -165,6 +170,118 @@ def test_padding_is_black_and_does_not_move_the_percentiles(dicom: Callable[...,
     assert (shown[:, :8] == 0).all()
     assert shown[0, 8] == 255
     assert shown[0, 9] < 255
+
+
+def test_padding_of_signed_pixels_is_found(dicom: Callable[..., Dataset]) -> None:
+    pixels = np.tile(np.arange(-1000, -1000 + SIZE, dtype=np.int16), (SIZE, 1))
+    pixels[0] = -2000
+    dataset = dicom(pixels, bits=16, PixelPaddingValue=-2000, WindowCenter=-990, WindowWidth=10)
+    shown, _ = display_image(dataset, size=SIZE)
+    assert (shown[0] == 0).all()
+    assert shown[1].max() == 255
+
+
+def test_padding_that_is_everything_is_blank(dicom: Callable[..., Dataset]) -> None:
+    with pytest.raises(RefusedError) as refused:
+        display_image(dicom(PixelPaddingValue=0, PixelPaddingRangeLimit=4095), size=SIZE)
+    assert refused.value.rejected.code == Code.E_BLANK
+
+
+def test_a_window_is_chosen_by_its_index(dicom: Callable[..., Dataset]) -> None:
+    several = dicom(WindowCenter=[2048, 1000, 99], WindowWidth=[4096, 500, 10])
+    for index, window in ((0, (2048, 4096)), (1, (1000, 500)), (7, (2048, 4096))):
+        alone = dicom(WindowCenter=window[0], WindowWidth=window[1])
+        np.testing.assert_array_equal(
+            display_image(several, size=SIZE, index=index)[0], display_image(alone, size=SIZE)[0]
+        )
+
+
+def test_a_voi_lut_is_chosen_by_its_index(dicom: Callable[..., Dataset]) -> None:
+    tables = [table_of(np.arange(4096)), table_of(np.arange(4096)[::-1])]
+    shown = [display_image(dicom(VOILUTSequence=tables), size=SIZE, index=index)[0] for index in (0, 1, 2)]
+    assert np.abs(shown[0].astype(int) + shown[1] - 255).max() <= 1
+    np.testing.assert_array_equal(shown[0], shown[2])
+
+
+def enhanced(dicom: Callable[..., Dataset], *, shared: Sequence[str]) -> Dataset:
+    """Three frames, each with a transformation of its own, of which some may stand among the shared ones."""
+    frames = np.stack([dicom().pixel_array + 300 * number for number in range(3)]).astype(np.uint16)
+    dataset = dicom(frames[1], NumberOfFrames=3, PixelData=frames.tobytes())
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [Dataset()], []
+    for number in range(3):
+        rescale, window, group = Dataset(), Dataset(), Dataset()
+        rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 2, -100 * number, "US"
+        window.WindowCenter, window.WindowWidth = 3000 + number, 2500
+        for name, macro in (
+            ("PixelValueTransformationSequence", rescale),
+            ("FrameVOILUTSequence", window),
+        ):
+            if name not in shared:
+                setattr(group, name, [macro])
+            elif number == 1:
+                setattr(dataset.SharedFunctionalGroupsSequence[0], name, [macro])
+        dataset.PerFrameFunctionalGroupsSequence.append(group)
+    return dataset
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [[], ["FrameVOILUTSequence"], ["PixelValueTransformationSequence", "FrameVOILUTSequence"]],
+)
+def test_enhanced_objects_have_their_attributes_in_groups(
+    dicom: Callable[..., Dataset], shared: Sequence[str]
+) -> None:
+    plain = dicom(
+        (dicom().pixel_array + 300).astype(np.uint16),
+        RescaleSlope=2,
+        RescaleIntercept=-100,
+        WindowCenter=3001,
+        WindowWidth=2500,
+    )
+    shown, remarks = display_image(enhanced(dicom, shared=shared), size=SIZE)
+    np.testing.assert_array_equal(shown, display_image(plain, size=SIZE)[0])
+    assert not remarks
+
+
+def computed_tomography(dicom: Callable[..., Dataset], **attributes: object) -> Dataset:
+    pixels = np.tile(np.linspace(0, 3000, SIZE), (SIZE, 1)).astype(np.uint16)
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": 9, "WindowWidth": 2}
+    return dicom(pixels, SOPClassUID=CTImageStorage, **{**rescale, **attributes})
+
+
+def test_ct_shows_the_mean_of_its_windows_in_the_order_of_densities(dicom: Callable[..., Dataset]) -> None:
+    lung, mediastinum = Window(-600, 1500), Window(40, 400)
+    shown, remarks = display_image(
+        computed_tomography(dicom), size=SIZE, ct_windows=[lung, mediastinum], bits=16
+    )
+    hounsfield = np.linspace(0, 3000, SIZE).astype(np.uint16).astype(np.float32) - 1024
+    expected = (lung.apply(hounsfield) + mediastinum.apply(hounsfield)) / 2 * 65535
+    assert np.abs(shown[0] - expected).max() <= 1
+    assert (np.diff(shown[0].astype(int)) >= 0).all()
+    assert not remarks
+
+
+def test_other_images_keep_their_own_window_beside_ct(dicom: Callable[..., Dataset]) -> None:
+    dataset = dicom(WindowCenter=2000, WindowWidth=3000)
+    with_windows, _ = display_image(dataset, size=SIZE, ct_windows=[Window(40, 400)])
+    np.testing.assert_array_equal(with_windows, display_image(dataset, size=SIZE)[0])
+
+
+@pytest.mark.parametrize("wrong", [{"RescaleIntercept": ""}, {"RescaleType": "US"}])
+def test_ct_without_hounsfield_units_is_refused(dicom: Callable[..., Dataset], wrong: dict[str, str]) -> None:
+    with pytest.raises(RefusedError) as refused:
+        display_image(computed_tomography(dicom, **wrong), size=SIZE, ct_windows=[Window(40, 400)])
+    assert refused.value.rejected == Rejected(State.QUARANTINED, Code.E_TAG_MISSING, "RescaleIntercept")
+
+
+def test_sixteen_bit_keep_what_eight_round(dicom: Callable[..., Dataset]) -> None:
+    dataset = dicom(WindowCenter=2000, WindowWidth=3000)
+    eight, _ = display_image(dataset, size=SIZE)
+    sixteen, _ = display_image(dataset, size=SIZE, bits=16)
+    assert eight.dtype == np.uint8
+    assert sixteen.dtype == np.uint16
+    assert np.abs(eight * 257.0 - sixteen).max() <= 129
+    assert len(np.unique(sixteen)) > len(np.unique(eight))
 
 
 def test_padding_range_has_two_ends(dicom: Callable[..., Dataset]) -> None:
@@ -192,6 +309,27 @@ def test_colour_becomes_luminance(dicom: Callable[..., Dataset]) -> None:
     shown, _ = display_image(dicom(pixels, bits=8, **colour), size=SIZE)
     assert shown[0, 0] == 76  # 0.299 x 255
     assert shown[0, 31] == 150  # 0.587 x 255
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_palette_colours_become_luminance(dicom: Callable[..., Dataset], bits: int) -> None:
+    entries = 2**bits
+    palette: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        ramp = np.linspace(0, 65535, entries) * (colour == "Green")
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [entries, 0, 16]
+        palette[f"{colour}PaletteColorLookupTableData"] = ramp.astype("<u2").tobytes()
+    dataset = dicom(bits=bits, **palette)
+    shown, _ = display_image(dataset, size=SIZE)
+    expected = 0.587 * 255 * dataset.pixel_array / (entries - 1)
+    assert np.abs(shown - expected).max() <= 1
+
+
+def test_colour_of_twelve_bit_has_its_own_white(dicom: Callable[..., Dataset]) -> None:
+    pixels = np.zeros((SIZE, SIZE, 3), dtype=np.uint16)
+    pixels[:, :16] = 4095
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    assert display_image(dicom(pixels, **colour), size=SIZE)[0].max() == 255
 
 
 def test_middle_frame_stands_for_many(dicom: Callable[..., Dataset]) -> None:
@@ -222,24 +360,6 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(dicom: Callable[...
     with pytest.raises(RefusedError) as refused:
         display_image(dicom(Rows=65535, Columns=65535), size=SIZE)
     assert refused.value.rejected.code == Code.E_TOO_LARGE
-
-
-@given(height=st.integers(2, 90), width=st.integers(2, 90), size=st.sampled_from([16, 33, 64]))
-def test_aspect_is_kept_and_the_rest_is_black(height: int, width: int, size: int) -> None:
-    grey = np.linspace(0.5, 1, height * width, dtype=np.float32).reshape(height, width)
-    square = fit_square(grey, size=size)
-    assert square.shape == (size, size)
-    rows, columns = np.flatnonzero(square.any(axis=1)), np.flatnonzero(square.any(axis=0))
-    scale = size / max(height, width)
-    assert len(rows) == max(1, round(height * scale))
-    assert len(columns) == max(1, round(width * scale))
-    assert abs(rows[0] - (size - 1 - rows[-1])) <= 1
-    assert abs(columns[0] - (size - 1 - columns[-1])) <= 1
-
-
-def test_reduction_keeps_the_mean() -> None:
-    values = np.random.default_rng(0).random((120, 240)).astype(np.float32)
-    assert shrink(values, size=24).mean() == pytest.approx(values.mean(), abs=1e-5)
 
 
 def test_sixteen_bit_values_of_unknown_range_use_percentiles() -> None:
