@@ -40,5 +40,9 @@ class SaltError(CohortError):
     """The site's secret is lost, damaged, or known to others."""
 
 
+class OverlapError(CohortError):
+    """Two cohorts cannot be compared."""
+
+
 class WorkersError(CohortError):
     """The processes that read files do not start."""

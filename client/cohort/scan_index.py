@@ -116,6 +116,17 @@ class ScanIndex:
         """
         return _Remembering(self, ordered_map, rules, _Displays(packed, secret))
 
+    def packed(self, secret: bytes) -> Iterator[tuple[bytes, str, facts.Outcome | None]]:
+        """Yield key, name and header of every file that was rendered; None where no header is kept."""
+        for name, state, header in self._database.execute(
+            "SELECT display.name, display.state, header.outcome FROM facts AS display "
+            "LEFT JOIN facts AS header ON header.kind = 'header' AND header.name = display.name "
+            "WHERE display.kind = 'display' ORDER BY display.name"
+        ):
+            path = Path(os.fsdecode(name))
+            known = None if header is None else facts.decode(header, path)
+            yield FileState(name, state).key(secret), os.fsdecode(name), known
+
     def state(self, path: Path, rules: str) -> FileState | None:
         """Return the state of a file, None if it is gone."""
         try:

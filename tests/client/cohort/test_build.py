@@ -316,9 +316,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     render = DicomFolder.render
 
-    def noted(path: Path, size: int) -> Rendered | Rejected:
+    def noted(path: Path, size: int, **options: Any) -> Rendered | Rejected:
         names.append(path.parent.name + "/" + path.name)
-        return render(path, size)
+        return render(path, size, **options)
 
     monkeypatch.setattr(DicomFolder, "render", staticmethod(noted))
     return names
