@@ -14,6 +14,7 @@ from pydicom.filereader import read_partial
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from client.cohort.archives import opened
 from client.cohort.outcomes import Code, RefusedError, State
 
 _PREFIX_OFFSET, _PREFIX = 128, b"DICM"  # PS3.10 7.1
@@ -27,7 +28,7 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
     A file without the DICM prefix is read all the same when it begins like a data set.
 
     Args:
-        path: The file.
+        path: The file, or a member of a zip.
         keywords: Attributes to read.
         pixels: Whether ``PixelData`` is wanted. Uncompressed, it is not read but mapped: its value is a
             memoryview, and a file that loses its end while that is in use ends the process (SIGBUS).
@@ -36,10 +37,10 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
         The data set, and the remarks made while reading.
 
     Raises:
-        RefusedError: The file is empty or not DICOM.
+        RefusedError: The file is empty or not DICOM, or a zip whose members cannot be read.
     """
     remarks: list[Code] = []
-    with open(path, "rb") as file:
+    with opened(path, whole=pixels) as file:
         head = file.read(_PREFIX_OFFSET + len(_PREFIX))
         if not head:
             raise RefusedError(State.QUARANTINED, Code.E_EMPTY_FILE)

@@ -15,6 +15,7 @@ from pydicom.uid import (
     DigitalIntraOralXRayImageStorageForPresentation,
     DigitalMammographyXRayImageStorageForPresentation,
     DigitalXRayImageStorageForPresentation,
+    MediaStorageDirectoryStorage,
     SecondaryCaptureImageStorage,
     UltrasoundImageStorage,
     XRayAngiographicImageStorage,
@@ -22,6 +23,7 @@ from pydicom.uid import (
 )
 
 from client.cohort import display
+from client.cohort.archives import expanded
 from client.cohort.dicom_file import quietly, read_dataset
 from client.cohort.errors import SourceMissingError
 from client.cohort.on_disk import SetOnDisk
@@ -80,6 +82,8 @@ _HEADER_KEYWORDS = (
 class DicomFolder:
     """Every file below ``root`` but those ``without`` which it is; links to folders are not followed.
 
+    The members of a zip are files too, as ``export.zip!/name``; a DICOMDIR is not asked what there is.
+
     Attributes:
         root: The folder.
         without: Files below it that are read as something else, such as a table of reports.
@@ -91,7 +95,8 @@ class DicomFolder:
     def _files(self) -> Iterator[Path]:
         if not self.root.is_dir():
             raise SourceMissingError(f"expected the DICOM folder {self.root}, and there is none")
-        return (path for path in _files_below(self.root) if path not in self.without)
+        files = (path for path in _files_below(self.root) if path not in self.without)
+        return (path for file in files for path in expanded(file))
 
     @cached_property
     def _count(self) -> int:
@@ -168,6 +173,8 @@ def read_header(path: Path) -> Candidate | Report | Rejected:
 def _judge(dataset: Dataset) -> tuple[str, str, str, str]:
     """Return accession number, study UID, patient id and SOP instance UID of an image that may be used."""
     sop_class = UID(_text(dataset, "SOPClassUID"))
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        raise RefusedError(State.IGNORED, Code.E_DICOMDIR)
     if "Rows" not in dataset and sop_class not in PROJECTIONS | OFTEN_BURNED_IN:
         raise RefusedError(State.IGNORED, Code.E_NOT_IMAGE)
     if not sop_class:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from client.cohort.archives import container
 from client.cohort.errors import SourceMissingError
 from client.cohort.outcomes import Code, Rejected, Rendered
 from client.reports.report import Report
@@ -85,13 +86,13 @@ class Source(Protocol):
 
 
 def stamp(path: Path, name: str) -> str:
-    """Return what tells one state of a file from another without reading it.
+    """Return what tells one state of a file, or of the zip it is in, from another without reading it.
 
     Raises:
         SourceMissingError: There is no such file.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(container(path))
     except OSError as error:
         raise SourceMissingError(f"expected the file {path}: {error.strerror}") from error
     return f"{name}\0{status.st_size}\0{status.st_mtime_ns}"

@@ -69,7 +69,7 @@ class Dimse:
         self._receiver.__exit__(kind, error, traceback)
 
     def check(self) -> None:
-        """Send a C-ECHO, and ask for a study that nobody has: some archives let strangers do the first only."""
+        """Send a C-ECHO, and ask for a study that nobody has: a stranger may often do the first alone."""
         with self._association() as association:
             if association.send_c_echo().get("Status") != _SUCCESS:
                 raise PacsConfused(f"{self._named} does not answer a C-ECHO; is it a PACS?")

@@ -18,6 +18,7 @@ from pydicom.uid import (
     ExtensibleSRStorage,
 )
 
+from client.cohort.archives import size_of
 from client.cohort.dicom_file import quietly, read_dataset
 from client.cohort.outcomes import Code, RefusedError, Rejected, State
 from client.reports.files import NOT_REPORT, TOO_LARGE, UNREADABLE, ReportFiles
@@ -58,7 +59,7 @@ def read_report(path: Path) -> Report | Rejected:
     """Read one structured report; nothing a file holds makes this raise."""
     remarks: list[Code] = []
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if size_of(path) > MAX_FILE_BYTES:
             return TOO_LARGE
         with quietly(remarks):
             dataset, noted = read_dataset(path, keywords=_KEYWORDS, pixels=False)
