@@ -12,7 +12,7 @@ from clipward.environment import stay_at_home
 
 stay_at_home()  # before anything imports Flower, Hugging Face or matplotlib
 
-from clipward import budget, plan  # noqa: E402 - light: what they need is imported when they run
+from clipward import budget, cohort_check, cohort_inspect, deidentify, plan  # noqa: E402 - light: what they need is imported when they run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,7 +91,9 @@ def synthesize(
 def cohort_build(
     site: Annotated[Path, typer.Argument(help="The site's folder, with its site.toml.")],
 ) -> None:
-    """Scan, pair and pack a site's images and reports; says what became of every file.
+    """Fetch what a PACS holds (if one is named), then scan, pair and pack a site's images and reports.
+
+    Says what became of every file. Killed and started again, it goes on where it was.
 
     Example: clipward cohort build demo/hospitals/site-1
     """
@@ -100,13 +102,25 @@ def cohort_build(
 
     with errors_in_one_line(_expected()), progress_bars() as show:
         opened = Site.open(site)
+        fetched = opened.fetch(on_progress=lambda done, total: show("fetch from the PACS", done, total))
         cohort = opened.cohort(on_progress=lambda done, total: show("read files", done, total))
+    if fetched is not None:
+        typer.echo(f"{'in the PACS':12} {fetched.instances:8}, {fetched.new} of them new")
+        for code, count in fetched.codes.items():
+            typer.echo(f"  {count:8} x {code}: {code.meaning}")
+        if fetched.codes:
+            typer.echo(f"{fetched.failures} names each instance that did not come")
     for state, count in cohort.counts.items():
         typer.echo(f"{state:12} {count:8}")
     typer.echo(f"{'inputs':12} {sum(cohort.counts.values()):8}")
     for code, count in cohort.codes.items():
         typer.echo(f"  {count:8} x {code}: {code.meaning}")
     typer.echo(f"packed in {site / 'cohort'}; its quarantine.csv names every file that was not used")
+
+
+cohort_app.command()(cohort_inspect.inspect)
+cohort_app.command()(cohort_check.check)
+cohort_app.command()(deidentify.deidentify)
 
 
 @app.command()
