@@ -32,6 +32,7 @@ class CohortTable(PairSource):
     Attributes:
         patients_declared: The cohort's size as the site states it in public; never the exact count.
         image_size: Pixels images are packed at.
+        ct_windows: Centre and width in Hounsfield units of what CT is shown by; without any, it is not read.
         test_fraction: Share of patients held out, where no split column says so.
         merge: CSV with the columns patient_id and same_as: ids of one patient, who is one in everything.
         seconds_per_file: Wall time after which a file is given up.
@@ -44,6 +45,7 @@ class CohortTable(PairSource):
 
     patients_declared: int = Field(ge=1)
     image_size: int = Field(default=224, ge=16, le=1024)
+    ct_windows: tuple[tuple[float, float], ...] = ()
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     merge: Path | None = None
     seconds_per_file: float = Field(default=SECONDS_PER_FILE, gt=0)
@@ -182,6 +184,7 @@ class Site:
             where=source.where,
             labels=self._path(source.labels),
             image_size=source.image_size,
+            ct_windows=source.ct_windows,
             test_fraction=source.test_fraction,
             merge=self._path(source.merge),
             seconds_per_file=source.seconds_per_file,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from hashlib import sha256
 from itertools import chain, tee
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import AllTransferSyntaxes
 
 from client.cohort.dicom_folder import DicomFolder
+from client.cohort.display import Window
 from client.cohort.errors import CohortSettingsError
 from client.cohort.facts import LAYOUT
 from client.cohort.image_table import ImageTable
@@ -96,7 +97,11 @@ def build_cohort(
 
 def _open_source(settings: CohortSettings) -> Source:
     if settings.dicom is not None:
-        return DicomFolder(settings.dicom, without=frozenset(_reports_below(settings, settings.dicom)))
+        return DicomFolder(
+            settings.dicom,
+            without=frozenset(_reports_below(settings, settings.dicom)),
+            ct_windows=tuple(Window(centre, width) for centre, width in settings.ct_windows),
+        )
     if settings.table is not None:
         return ImageTable(settings.table, settings.where)
     raise CohortSettingsError("expected exactly one of cohort.dicom and cohort.table")
@@ -131,7 +136,7 @@ def _pack(
         for kind in settings.report_settings.sources():
             for report in kind.read():
                 _take_report(report.name, report.outcome, same_patient, reports, writer)
-        for entry in source.scan(index.headers(ordered_map, rules=_header_rules())):
+        for entry in source.scan(index.headers(ordered_map, rules=_header_rules(settings))):
             if isinstance(entry.outcome, Candidate):
                 patient = same_patient(entry.outcome.patient)
                 candidates.append(entry.name, replace(entry.outcome, patient=patient))
@@ -145,7 +150,7 @@ def _pack(
         displays = index.displays(
             ordered_map, rules=_display_rules(settings), packed=writer.packed, secret=settings.key
         )
-        render = partial(source.render, size=settings.image_size)
+        render = source.renderer(settings.image_size)
         images = displays(render, (candidate.path for _, candidate in to_render))
         for (name, candidate), image in zip(pairs, images, strict=True):
             if isinstance(image, Rejected):
@@ -240,15 +245,15 @@ def _fingerprint(settings: CohortSettings, source: Source) -> str:
 def _rules(settings: CohortSettings) -> str:
     """Return all that decides on the content beside the files and the salt."""
     chosen = [settings.test_fraction, sorted(settings.where.items()), *settings.report_settings.facts()]
-    return json.dumps([_header_rules(), _display_rules(settings), chosen])
+    return json.dumps([_header_rules(settings), _display_rules(settings), chosen])
 
 
-def _header_rules() -> str:
-    return json.dumps([PIPELINE, LAYOUT])
+def _header_rules(settings: CohortSettings) -> str:
+    return json.dumps([PIPELINE, LAYOUT, bool(settings.ct_windows)])
 
 
 def _display_rules(settings: CohortSettings) -> str:
-    return json.dumps([PIPELINE, settings.image_size, _decoders()])
+    return json.dumps([PIPELINE, settings.image_size, settings.ct_windows, _decoders()])
 
 
 @cache

@@ -1,9 +1,9 @@
 """A folder of DICOM files, as exported from a PACS: any names, any depth, anything in between."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import tee
 from pathlib import Path
 
@@ -68,6 +68,7 @@ _HEADER_KEYWORDS = (
     "SOPClassUID",
     "AccessionNumber",
     "BurnedInAnnotation",
+    "ImageType",
     "IssuerOfAccessionNumberSequence",
     "NumberOfFrames",
     "PatientID",
@@ -87,10 +88,12 @@ class DicomFolder:
     Attributes:
         root: The folder.
         without: Files below it that are read as something else, such as a table of reports.
+        ct_windows: What CT images are shown by; without any, CT is not read.
     """
 
     root: Path
     without: Collection[Path] = frozenset()
+    ct_windows: Sequence[display.Window] = ()
 
     def _files(self) -> Iterator[Path]:
         if not self.root.is_dir():
@@ -112,19 +115,24 @@ class DicomFolder:
     def scan(self, ordered_map: OrderedMap) -> Iterable[Entry]:
         """Yield one entry per file by path; of files with one SOPInstanceUID the first is the candidate."""
         paths, to_read = tee(self._files())
+        read = partial(read_header, with_ct=True) if self.ct_windows else read_header
         with SetOnDisk() as seen:
-            for path, outcome in zip(paths, ordered_map(read_header, to_read), strict=True):
+            for path, outcome in zip(paths, ordered_map(read, to_read), strict=True):
                 if isinstance(outcome, Candidate) and not seen.add(outcome.uid):
                     outcome = Rejected(State.DUPLICATE, Code.E_DUPLICATE_SOP)
                 yield Entry(self._name(path), outcome)
 
+    def renderer(self, size: int) -> Callable[[Path], Rendered | Rejected]:
+        """Return what makes the packed image of a path."""
+        return partial(self.render, size=size, ct_windows=self.ct_windows)
+
     @staticmethod
-    def render(path: Path, size: int) -> Rendered | Rejected:
+    def render(path: Path, size: int, ct_windows: Sequence[display.Window] = ()) -> Rendered | Rejected:
         """Read what display needs and no more, and make the packed image; no file makes this raise."""
         try:
             with quietly([]):  # the scan has made its remarks on this file
                 dataset, _ = read_dataset(path, keywords=display.KEYWORDS, pixels=True)
-                pixels, remarks = display.display_image(dataset, size=size)
+                pixels, remarks = display.display_image(dataset, size=size, ct_windows=ct_windows)
         except RefusedError as refusal:
             return refusal.rejected
         except EOFError:
@@ -137,7 +145,7 @@ class DicomFolder:
         return path.relative_to(self.root).as_posix()
 
 
-def read_header(path: Path) -> Candidate | Report | Rejected:
+def read_header(path: Path, *, with_ct: bool = False) -> Candidate | Report | Rejected:
     """Judge a file by its header, and read all of a structured report; no file makes this raise."""
     remarks: list[Code] = []
     try:
@@ -145,7 +153,7 @@ def read_header(path: Path) -> Candidate | Report | Rejected:
             dataset, noted = read_dataset(path, keywords=_HEADER_KEYWORDS, pixels=False)
             if dataset.get("SOPClassUID") in REPORT_CLASSES:
                 return read_report(path)
-            accession, study, patient, uid = _judge(dataset)
+            accession, study, patient, uid = _judge(dataset, with_ct=with_ct)
             issuer, study_id = issuer_of(dataset), _text(dataset, "StudyID")
             if frame_count(dataset) > 1:
                 noted.append(Code.W_MULTIFRAME)
@@ -170,19 +178,22 @@ def read_header(path: Path) -> Candidate | Report | Rejected:
     )
 
 
-def _judge(dataset: Dataset) -> tuple[str, str, str, str]:
+def _judge(dataset: Dataset, *, with_ct: bool) -> tuple[str, str, str, str]:
     """Return accession number, study UID, patient id and SOP instance UID of an image that may be used."""
     sop_class = UID(_text(dataset, "SOPClassUID"))
     if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         raise RefusedError(State.IGNORED, Code.E_DICOMDIR)
-    if "Rows" not in dataset and sop_class not in PROJECTIONS | OFTEN_BURNED_IN:
+    wanted = PROJECTIONS | OFTEN_BURNED_IN | (display.CT_CLASSES if with_ct else frozenset())
+    if "Rows" not in dataset and sop_class not in wanted:
         raise RefusedError(State.IGNORED, Code.E_NOT_IMAGE)
     if not sop_class:
         raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, "SOPClassUID")
-    if sop_class not in PROJECTIONS | OFTEN_BURNED_IN:
-        raise RefusedError(State.UNSUPPORTED, Code.E_SOP_CLASS, sop_class.name)
-    if _text(dataset, "PresentationIntentType") == "FOR PROCESSING":
+    if _text(dataset, "PresentationIntentType") == "FOR PROCESSING":  # a SOP class of its own for some
         raise RefusedError(State.UNSUPPORTED, Code.E_FOR_PROCESSING)
+    if sop_class not in wanted:
+        raise RefusedError(State.UNSUPPORTED, Code.E_SOP_CLASS, sop_class.name)
+    if sop_class in display.CT_CLASSES and "LOCALIZER" in (dataset.get("ImageType") or ()):
+        raise RefusedError(State.IGNORED, Code.E_LOCALIZER)
     for keyword in _REQUIRED:
         if dataset.get(keyword) in (None, ""):
             raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, keyword)

@@ -2,9 +2,9 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +84,10 @@ class ImageTable:
                 )
             seen.add((image, text))
             yield Entry(image, outcome)
+
+    def renderer(self, size: int) -> Callable[[Path], Rendered | Rejected]:
+        """Return what makes the packed image of a path."""
+        return partial(self.render, size=size)
 
     @staticmethod
     def render(path: Path, size: int) -> Rendered | Rejected:

@@ -28,12 +28,16 @@ class Code(StrEnum):
     E_NOT_DICOM = "E_NOT_DICOM", "not a DICOM file"
     E_NOT_IMAGE = "E_NOT_IMAGE", "a DICOM object without pixels (report, directory, presentation state)"
     E_NOT_FRONTAL = "E_NOT_FRONTAL", "a lateral or oblique projection"
+    E_LOCALIZER = "E_LOCALIZER", "a CT localizer, which is no slice"
     E_EMPTY_FILE = "E_EMPTY_FILE", "the file has zero bytes"
     E_FILE_MISSING = "E_FILE_MISSING", "the table names an image that is not there"
     E_UNREADABLE = "E_UNREADABLE", "the file cannot be parsed"
     E_TRUNCATED = "E_TRUNCATED", "the file ends before its pixels do; export it again"
     E_TAG_MISSING = "E_TAG_MISSING", "a required attribute is absent"
-    E_SOP_CLASS = "E_SOP_CLASS", "not a projection image (CT, MR and the like are not read)"
+    E_SOP_CLASS = (
+        "E_SOP_CLASS",
+        "not a projection image (MR and the like are not read; CT is, with ct-windows)",
+    )
     E_FOR_PROCESSING = "E_FOR_PROCESSING", "raw detector data; export the FOR PRESENTATION image"
     E_TRANSFER_SYNTAX = "E_TRANSFER_SYNTAX", "a compression that cannot be read, such as video"
     E_DECODER_MISSING = "E_DECODER_MISSING", "no decoder is installed for this compression"

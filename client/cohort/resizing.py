@@ -1,6 +1,7 @@
 """From an image of any size to the square that is packed: area averages, in strips, and rounding."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ Grey16: TypeAlias = NDArray[np.uint16]
 Grey: TypeAlias = NDArray[np.float32]
 
 _STRIP_VALUES = 2**18  # converted at a time: 1 MB of floats, which a processor's cache holds
+_KEPT_BYTES = 2**24
 
 
 def shrink(values: Grey, *, size: int) -> Grey:
@@ -34,6 +36,7 @@ def shrink_frame(frame: Frame, convert: Callable[[NDArray[Any]], Grey], *, size:
         convert: Maps some rows of the values, shape (R, W) or (R, W, 3), to shape (R, W).
         size: Longer side of the result, in pixels.
     """
+    _keep_freed_memory()
     rows, columns = _target(frame.shape, size)
     if frame.halvings:
         return _from_halved(frame, convert(frame.values), (columns, rows))
@@ -74,6 +77,16 @@ def fit_square(grey: Grey, *, size: int, bits: Literal[8, 16] = 8) -> Grey8 | Gr
     square = np.zeros((size, size), dtype=levels.dtype)
     square[top : top + height, left : left + width] = levels
     return square
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Free one large block, once in a process.
+
+    Until then glibc hands every strip's memory back and the kernel clears the same pages for the next one,
+    which is half of the time. It learns from the largest block freed (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)
 
 
 def _target(shape: tuple[int, ...], size: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What a hospital says about its data: where it lies and how it is packed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ class CohortSettings:
         where: Keep only the rows of ``table`` with these values, column by column.
         labels: CSV of labels beside the reports or the table.
         image_size: Side of the packed square images, in pixels.
+        ct_windows: Centre and width in Hounsfield units, such as (-600, 1500) for lungs and (40, 400) for
+            soft tissue. A slice becomes one grey image, the mean of what they show. Without any, CT is not
+            read.
         test_fraction: Share of patients held out where no split column says so.
         merge: CSV with the columns patient_id and same_as: ids of one patient.
         seconds_per_file: Wall time after which a file is given up, in a process beside this one.
@@ -40,6 +44,7 @@ class CohortSettings:
     where: Mapping[str, str] = field(default_factory=dict)
     labels: Path | None = None
     image_size: int = 224
+    ct_windows: tuple[tuple[float, float], ...] = ()
     test_fraction: float = 0.2
     merge: Path | None = None
     seconds_per_file: float = SECONDS_PER_FILE
@@ -57,6 +62,11 @@ class CohortSettings:
             raise CohortSettingsError(
                 f"expected cohort.image_size={self.image_size} in [{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}]"
             )
+        if self.ct_windows and self.dicom is None:
+            raise CohortSettingsError("expected cohort.ct_windows only with cohort.dicom")
+        for centre, width in self.ct_windows:
+            if not (math.isfinite(centre) and 1 <= width < math.inf):
+                raise CohortSettingsError(f"expected a window in cohort.ct_windows, got {(centre, width)}")
         if not 0 <= self.test_fraction < 1:
             raise CohortSettingsError(f"expected cohort.test_fraction={self.test_fraction} in [0, 1)")
         if not self.seconds_per_file > 0:

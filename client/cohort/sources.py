@@ -38,8 +38,12 @@ class Candidate:
             ``study_instance_uid``, ``study_id``, ``image``.
         uid: What makes the image itself unique.
         text: The report, where the source brings it along.
+        header: What the image's header says of people, places, days and numbers, by DICOM keyword: its report
+            must not repeat it.
         text_rule: Which part of the report became the training text.
+        masked: What was taken out of the training text, hits by kind.
         labels: Finding to value; NaN is unknown.
+        read_labels: The same, read from the training text.
         is_test: The split where the source fixes it.
         remarks: Noted while reading.
     """
@@ -50,8 +54,11 @@ class Candidate:
     keys: Mapping[str, str]
     uid: str
     text: str | None = None
+    header: Mapping[str, str] = field(default_factory=dict)
     text_rule: str = ""
+    masked: Mapping[str, int] = field(default_factory=dict)
     labels: Mapping[str, float] = field(default_factory=dict)
+    read_labels: Mapping[str, float] = field(default_factory=dict)
     is_test: bool | None = None
     remarks: tuple[Code, ...] = ()
 
@@ -79,9 +86,8 @@ class Source(Protocol):
         """Yield one entry per input, in a fixed order, from headers alone."""
         ...
 
-    @staticmethod
-    def render(path: Path, size: int) -> Rendered | Rejected:
-        """Read one image as it is packed; runs in other processes, hence static."""
+    def renderer(self, size: int) -> Callable[[Path], Rendered | Rejected]:
+        """Return what reads one image as it is packed; it goes to other processes, so it carries little."""
         ...
 
 

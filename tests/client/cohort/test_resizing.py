@@ -1,5 +1,9 @@
 """Sizes, areas and rounding on the way to the packed square."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -53,6 +57,28 @@ def test_strips_follow_the_rows_they_stand_for() -> None:
         patch.setattr(resizing, "_STRIP_VALUES", 100)
         found = shrink_frame(frame, lambda rows: rows.astype(np.float32), size=50)
     np.testing.assert_allclose(found[:, 0], np.arange(9.5, 1000, 20))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells of glibc's allocator")
+def test_memory_of_one_strip_is_used_for_the_next() -> None:
+    """In a process of its own: this one's allocator has learned from all the tests before."""
+    program = """
+import resource
+import numpy as np
+from client.cohort.pixels import Frame
+from client.cohort.resizing import shrink_frame
+frame = Frame(values=np.ones((2500, 2000), np.uint16), shape=(2500, 2000), top=4095)
+show = lambda: shrink_frame(frame, lambda rows: rows.astype(np.float32), size=224)
+show()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+show()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    root = Path(__file__).parents[3]
+    faults = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    assert int(faults) < 500  # 5,000 pages of floats pass through
 
 
 def test_a_frame_smaller_than_the_square_is_enlarged() -> None:
