@@ -20,6 +20,7 @@ from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 from client.cohort.outcomes import Code
 from client.pacs import DicomWebTable, Fetched, PacsConfused, PacsRefused, PacsUnreachable, Spool, fetch
 from client.pacs.dicomweb import ACCEPT, DicomWeb
+from client.pacs.source import Series
 from tests.client.pacs.conftest import free_port
 
 STUDY, SERIES, UIDS = "1.2", "1.2.3", ["1.2.3.1", "1.2.3.2", "1.2.3.3"]
@@ -209,6 +210,14 @@ def test_a_broken_instance_costs_itself_only(
     spool = Spool(tmp_path / "incoming")
     assert [spool.has(uid) for uid in UIDS] == [True, False, True]
     assert not any(spool.drafts.iterdir())
+
+
+def test_an_object_that_was_not_asked_for_is_not_kept(server: Server, tmp_path: Path) -> None:
+    server.answers[WHOLE] = lambda: multipart(encoded("9.9.9"), encoded(UIDS[0]))
+    spool = Spool(tmp_path / "incoming")
+    with spool.locked(), DicomWeb(DicomWebTable(url=server.url), spool) as source:
+        source.fetch(Series(study=STUDY, uid=SERIES, instances=UIDS), None)
+        assert [spool.has(uid) for uid in ("9.9.9", UIDS[0])] == [False, True]
 
 
 def test_a_body_shorter_than_it_says_is_cut(server: Server, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A PACS that speaks DICOM's own protocol, and refuses, fails or falls silent."""
 
 import socket
+import ssl
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +50,14 @@ def an_object(uid: str, *, sop_class: UID = ComputedRadiographyImageStorage) -> 
 class Node:
     """A PACS of one study; ``find`` and ``move_status`` and ``holds`` make it ill."""
 
-    def __init__(self, site_port: int, *, calling: list[str] | None = None) -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        site_port: int,
+        *,
+        calling: list[str] | None = None,
+        tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
+    ) -> None:
+        self.port, self.tls = free_port(), tls
         self.heal(site_port)
         self._ae = AE("PACS")
         self._ae.require_called_aet = True
@@ -76,7 +83,10 @@ class Node:
             (evt.EVT_C_FIND, lambda event: self.find(event.identifier)),
             (evt.EVT_C_MOVE, self._move),
         ]
-        self._ae.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers)
+        context = self.tls[0] if self.tls else None
+        self._ae.start_server(
+            ("127.0.0.1", self.port), block=False, evt_handlers=handlers, ssl_context=context
+        )
         try:
             yield self
         finally:
@@ -105,8 +115,9 @@ class Node:
             yield self.move_status, None
             return
         asked = event.identifier
+        sending = {"tls_args": (self.tls[1], "localhost")} if self.tls else {}
         chosen = [held for held in self.holds if asked.get("SOPInstanceUID") in (None, held.SOPInstanceUID)]
-        yield "127.0.0.1", self.site_port
+        yield "127.0.0.1", self.site_port, sending
         yield len(chosen)
         for held in chosen:
             yield 0xFF00, held
