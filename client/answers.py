@@ -20,7 +20,7 @@ from client.training import plain_steps, train_plainly, train_privately
 from client.workbench import InstalledBundle, anchors_of, device_name, kept_optimizer, part_of, training_data
 from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
-from privacy.errors import AlreadyReleased, BudgetExceeded
+from privacy.errors import AlreadyReleased, BudgetExceeded, PrivacyError
 from privacy.ledger import Ledger, Reservation, ReservationRequest
 from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise, os_generator
@@ -95,7 +95,7 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
         insecure, device = noise.insecure_seed, site.settings.device
         update = train_privately(
             part,
-            training_data(site.folder, part, texts, request.plan.soft_positives),
+            training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings),
             anchors,
             request.plan,
             mechanism=mechanism,
@@ -174,7 +174,7 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
     try:
         part = part_of(_installed(site, request), plan.part, plan.lora_rank, device)
         part.load(request.arrays)
-    except (EncoderError, BundleMissing) as error:
+    except (EncoderError, BundleMissing, PrivacyError) as error:
         raise Refused(RefusalCode.MODEL, str(error)) from error
     return part
 

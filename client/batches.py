@@ -18,7 +18,7 @@ Rows = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """A site's training pairs beside the public anchors.
+    """A site's training pairs beside the K public anchors, prototypes among them and last.
 
     Attributes:
         pairs: One row a pair.

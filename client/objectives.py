@@ -12,8 +12,10 @@ from torch import Tensor
 from client.batches import BatchMaker, Rows, TrainingData, made_up_data, rows_by_patient
 from encoders.objectives import anchored_loss, anchored_sigmoid_loss, grouped_infonce_loss
 from encoders.parts import TrainablePart
+from privacy.banks import PrototypeBank
 from privacy.engine import Batch
 from privacy.errors import UnsoundTraining
+from privacy.prototypes import append_prototypes
 from privacy.sampling import uniform_groups
 from strategies.messages import TrainingPlan
 
@@ -24,10 +26,16 @@ Call = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Anchors:
-    """The public bank as inputs of a `TrainablePart`, K rows each."""
+    """The public bank: inputs of a `TrainablePart`, K rows each, and behind them what is encoded already."""
 
     images: Tensor
     texts: Tensor
+    prototypes: PrototypeBank | None = None
+
+    @property
+    def wordings(self) -> tuple[tuple[str, ...], ...]:
+        """The sentences of each prototype."""
+        return () if self.prototypes is None else self.prototypes.wordings
 
 
 class Objective(ABC):
@@ -97,12 +105,14 @@ class AnchoredObjective(Objective):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Encode the anchors with the current weights: unit vectors (K, D), without gradient."""
+        """Encode the anchors with the current weights, without gradient; prototypes stay as they are."""
         part, sides = self._batches.part, (self._anchors.images, self._anchors.texts)
         chunks = zip(*(torch.split(side, ENCODE_ROWS) for side in sides), strict=True)
         encoded = [part.module(images, part.trimmed(texts)) for images, texts in chunks]
-        self._image_anchors = torch.cat([image for image, _ in encoded])
-        self._text_anchors = torch.cat([text for _, text in encoded])
+        bank = torch.cat([image for image, _ in encoded]), torch.cat([text for _, text in encoded])
+        if self._anchors.prototypes is not None:
+            bank = append_prototypes(bank, self._anchors.prototypes)
+        self._image_anchors, self._text_anchors = bank
 
     def losses(self, call: Call, batch: Batch) -> Tensor:
         """Shape (P,)."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from client.batches import TrainingData
@@ -41,18 +42,26 @@ def part_of(installed: InstalledBundle, part: Part, lora_rank: int, device: str)
 
     Raises:
         BundleMissing: the bundle was never installed here, or was changed on the disk.
+        EncoderError: its model cannot be built.
+        PrivacyError: its prototypes are of another width than its model's embeddings.
     """
     training_data.cache_clear()  # both hold the part they were made for
     anchors_of.cache_clear()
     bundle = installed.load()
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
+    if bundle.prototypes is not None:
+        bundle.prototypes.require_width(encoder.width)
     encoder.model.to(device)
     return trainable_part(encoder, part, lora_rank=lora_rank)
 
 
 @lru_cache(maxsize=64)
 def training_data(
-    folder: Path, part: TrainablePart, anchor_texts: tuple[str, ...], soft_from: float | None = None
+    folder: Path,
+    part: TrainablePart,
+    anchor_texts: tuple[str, ...],
+    soft_from: float | None = None,
+    wordings: tuple[tuple[str, ...], ...] = (),
 ) -> TrainingData:
     """The training patients of the site in ``folder`` as inputs of ``part``.
 
@@ -62,17 +71,21 @@ def training_data(
         anchor_texts: The public bank.
         soft_from: Anchors from this similarity on are positives to a degree; None: those that say the same
             as a pair are left out for it.
+        wordings: Of the prototypes behind the bank, which are as near a text as the nearest of theirs.
     """
     cohort = packed_cohort(folder)
     rows = cohort.train()
     texts = [cohort.texts[row] for row in rows]
     pairs = Pairs.of(part, cohort.images[rows], texts)
     device, patients = pairs.images.device, cohort.patients[rows]
+    said = [*((text,) for text in anchor_texts), *wordings]
+    sentences = [text for each in said for text in each]
+    first = np.cumsum([0, *map(len, said)])[:-1]
     if soft_from is None:
-        masked = torch.from_numpy(same_meaning(texts, anchor_texts)).to(device)
-        return TrainingData(pairs=pairs, patients=patients, masked=masked)
-    degrees = soft_positives(text_similarity(texts, anchor_texts), least=soft_from)
-    positives = torch.from_numpy(degrees).to(device)
+        same = np.maximum.reduceat(same_meaning(texts, sentences), first, axis=1)
+        return TrainingData(pairs=pairs, patients=patients, masked=torch.from_numpy(same).to(device))
+    similarity = np.maximum.reduceat(text_similarity(texts, sentences), first, axis=1)
+    positives = torch.from_numpy(soft_positives(similarity, least=soft_from)).to(device)
     nobody = torch.zeros_like(positives, dtype=torch.bool)
     return TrainingData(pairs=pairs, patients=patients, masked=nobody, positives=positives)
 
@@ -81,11 +94,11 @@ def training_data(
 def anchors_of(
     installed: InstalledBundle, part: TrainablePart, count: int
 ) -> tuple[Anchors, tuple[str, ...]]:
-    """The first ``count`` public anchors as inputs of ``part``, and their texts."""
+    """The first ``count`` public anchors as inputs of ``part``, with all prototypes; and their own texts."""
     bundle = installed.load()
     texts = bundle.anchor_texts[:count]
     images, text_inputs = part.inputs(bundle.anchor_images[:count], texts)
-    return Anchors(images=images, texts=text_inputs), texts
+    return Anchors(images=images, texts=text_inputs, prototypes=bundle.prototypes), texts
 
 
 def device_name(wanted: Literal["auto", "cpu", "cuda"]) -> str:

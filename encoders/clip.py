@@ -56,6 +56,11 @@ class ClipEncoder:
             preprocessing=Preprocessing.parse(description["preprocessing"]),
         )
 
+    @property
+    def width(self) -> int:
+        """D of the embeddings."""
+        return int(self.model.config.projection_dim)
+
     def describe(self) -> dict[str, Any]:
         """JSON-ready: architecture, tokenizer, preprocessing; no weights."""
         config = self.model.config.to_dict()

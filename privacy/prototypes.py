@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privacy.accounting import PoissonGaussian
+from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
 from privacy.mechanism import LARGEST_NORM, LEAST_NORM
 from privacy.noise import GaussianNoise
@@ -24,7 +25,6 @@ from privacy.projection import Projection
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 _GRID = 2.0**-24  # of the bound: a patient's 1e-7, and sums of 5e8 patients are exact in float64
-_UNIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +213,9 @@ class NoisySums:
         prompts: NDArray[np.floating],
         *,
         least_count: float,
+        wordings: Sequence[Sequence[str]] | None = None,
         projection: Projection | None = None,
-    ) -> "PrototypeBank":
+    ) -> PrototypeBank:
         """Directions of the concepts; where the noisy count is too low, the concept's prompt instead.
 
         A direction of length rho under its concept's patients comes out at a cosine of about
@@ -223,10 +224,12 @@ class NoisySums:
         Args:
             prompts: Unit embeddings of the concepts' text prompts, shape (K, D).
             least_count: Smallest noisy count that is used.
+            wordings: The sentences of each concept's prompts; by default its name.
             projection: What the embeddings went through before they were summed.
 
         Raises:
-            PrivacyError: ``prompts`` has another shape, or is not of unit length.
+            PrivacyError: ``prompts`` has another shape, or is not of unit length, or ``wordings`` are not one
+                or more sentences a concept.
         """
         sums = self.values[..., :-1].astype(np.float64)
         sums = sums if projection is None else projection.lift(sums)
@@ -235,7 +238,10 @@ class NoisySums:
         lengths = np.linalg.norm(sums, axis=-1, keepdims=True)
         used = (self.counts[..., None] >= least_count) & (lengths > 0)
         vectors = np.where(used, sums / np.where(used, lengths, 1), prompts).astype(np.float32)
-        return PrototypeBank(concepts=self.concepts, image=vectors[0], text=vectors[1])
+        said = [(name,) for name in self.concepts] if wordings is None else wordings
+        return PrototypeBank(
+            concepts=self.concepts, wordings=tuple(map(tuple, said)), image=vectors[0], text=vectors[1]
+        )
 
 
 def add_up(releases: Sequence[NoisySums]) -> NoisySums:
@@ -261,34 +267,6 @@ def add_up(releases: Sequence[NoisySums]) -> NoisySums:
         noise_std=math.hypot(*(release.noise_std for release in releases)),
         count_weight=first.count_weight,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrototypeBank:
-    """One unit vector a concept and modality, in the space of the embeddings.
-
-    Attributes:
-        concepts: Their names, K of them.
-        image: float32, shape (K, D).
-        text: float32, shape (K, D).
-
-    Raises:
-        PrivacyError: shapes do not fit, or a row is not a finite vector of length 1.
-    """
-
-    concepts: tuple[str, ...]
-    image: NDArray[np.float32]
-    text: NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        for name, vectors in (("image", self.image), ("text", self.text)):
-            if vectors.shape != (len(self.concepts), *self.image.shape[1:2]):
-                raise PrivacyError(
-                    f"expected {name} prototypes of {len(self.concepts)} concepts in rows of D"
-                )
-            lengths = np.linalg.norm(vectors, axis=1)
-            if not (np.abs(lengths - 1) <= _UNIT_TOLERANCE).all():
-                raise PrivacyError(f"expected {name} prototypes of length 1: divide each by its norm")
 
 
 def append_prototypes(bank: tuple[Tensor, Tensor], prototypes: PrototypeBank) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Anchor banks: the public texts and images that every private pair is contrasted with.
 
 A bank is drawn from several sources in turn. Whatever they are, they are public: no patient of the federation
-is in them. What a federation has released before joins a bank later, as vectors: see `privacy.prototypes`.
+is in them. What a federation has released before joins a bank later, as vectors: see `privacy.banks`.
 """
 
 from collections.abc import Sequence

@@ -60,6 +60,8 @@ class Objective(Settings):
         anchors_from: Where they come from, in turn: ``public`` pairs of the public start, label ``prompts``
             (texts), ``synthetic`` pairs of phantoms and their reports, ``noise`` (images). Without it public
             pairs if there are any, else prompts and noise.
+        prototypes: File of prototypes that were released with differential privacy before; they join the
+            anchors, over and above their number. It is not checked that what they cost was charged.
         form: Of the anchored loss: softmax (one choice among partner and anchors) or sigmoid (a yes or no
             for each of them).
         logit_bias: b of the sigmoid form; about -log(anchors) lets partner and anchors weigh alike at first.
@@ -72,10 +74,20 @@ class Objective(Settings):
     inverse_temperature: float = Field(default=14.3, gt=0, le=100)
     anchors: int = Field(default=256, ge=1)
     anchors_from: tuple[AnchorSource, ...] | None = None
+    prototypes: Path | None = None
     form: Literal["softmax", "sigmoid"] = "softmax"
     logit_bias: float = Field(default=-5.0, allow_inf_nan=False)
     soft_positives: float | None = Field(default=None, ge=0, lt=0.9)
     groups: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _prototypes_are_anchors(self) -> Self:
+        if self.prototypes is not None and self.name != "anchored":
+            raise ValueError(
+                f"prototypes are anchors, and objective {self.name!r} has none: remove the key, or name "
+                "'anchored'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _both_sides_have_anchors(self) -> Self:
@@ -252,7 +264,7 @@ class Federation(Settings):
 
     def _anchored_at(self, folder: Path) -> Self:
         changes: dict[str, Settings] = {}
-        for name in ("public_start", "simulation"):
+        for name in ("public_start", "objective", "simulation"):
             table: Settings | None = getattr(self, name)
             if table is not None:
                 changes[name] = _absolute(table, folder)
@@ -271,6 +283,8 @@ class Federation(Settings):
             for source in PairSource.path_keys():
                 table.pop(source, None)
         shown["model"]["encoder"] = Path(self.model.encoder).name
+        if self.objective.prototypes is not None:
+            shown["objective"]["prototypes"] = self.objective.prototypes.name
         return shown
 
     def plan(self) -> TrainingPlan:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from encoders.clip import ClipEncoder, build
 from encoders.parts import TrainablePart, trainable_part
+from privacy.banks import PrototypeBank
+from privacy.errors import PrivacyError
 from server.banks import PublicAnchors, anchor_bank, label_prompts, noise_images
 from server.errors import RunError
 from server.evaluation import EvaluationSet, evaluator
@@ -154,9 +156,20 @@ def prepared_start(federation: Federation, *, cache: Path) -> Prepared:
 
 
 def start_of(federation: Federation, prepared: Prepared) -> Start:
-    """Round 0 of the federation from a prepared start."""
-    arrays = part_of(federation, prepared.bundle).arrays()
-    return Start(bundle=prepared.bundle, arrays=dict(arrays), public_start=prepared.public_start)
+    """Round 0 of the federation from a prepared start, with the prototypes that its file names.
+
+    Raises:
+        RunError: the prototypes cannot be read, or are not of this model's width.
+    """
+    part, bundle = part_of(federation, prepared.bundle), prepared.bundle
+    if federation.objective.prototypes is not None:
+        try:
+            prototypes = PrototypeBank.load(federation.objective.prototypes)
+            prototypes.require_width(part.encoder.width)
+        except PrivacyError as error:
+            raise RunError(f"objective.prototypes: {error}") from error
+        bundle = replace(bundle, prototypes=prototypes)
+    return Start(bundle=bundle, arrays=dict(part.arrays()), public_start=prepared.public_start)
 
 
 def part_of(federation: Federation, bundle: PublicBundle) -> TrainablePart:

@@ -12,9 +12,6 @@ from safetensors.numpy import load_file, save_file
 from strategies.files import sync
 from strategies.messages import PublicBundle
 
-ANCHOR_IMAGES = "anchor_images"
-WEIGHTS = "weights/"
-
 
 class BundleMissing(ValueError):
     """No whole bundle of this digest is in the folder."""
@@ -38,9 +35,8 @@ class BundleStore:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.folder, prefix=".partial-"))
         try:
-            weights = {f"{WEIGHTS}{name}": value for name, value in bundle.weights.items()}
-            save_file({**weights, ANCHOR_IMAGES: bundle.anchor_images}, partial / "arrays.safetensors")
-            facts = {"version": 1, "model": dict(bundle.model), "anchor_texts": list(bundle.anchor_texts)}
+            save_file(bundle.arrays(), partial / "arrays.safetensors")
+            facts = {"version": 1, **bundle.facts()}
             (partial / "bundle.json").write_text(json.dumps(facts), encoding="utf-8")
             for written in (*partial.iterdir(), partial):
                 sync(written)
@@ -62,14 +58,7 @@ class BundleStore:
         if not self.has(digest):
             raise BundleMissing(f"public bundle {digest[:12]} was never stored here")
         facts = json.loads((self._path(digest) / "bundle.json").read_text(encoding="utf-8"))
-        arrays = load_file(self._path(digest) / "arrays.safetensors")
-        images = arrays.pop(ANCHOR_IMAGES)
-        bundle = PublicBundle(
-            model=facts["model"],
-            weights={name.removeprefix(WEIGHTS): value for name, value in arrays.items()},
-            anchor_texts=tuple(facts["anchor_texts"]),
-            anchor_images=images,
-        )
+        bundle = PublicBundle.parse(facts, load_file(self._path(digest) / "arrays.safetensors"))
         if bundle.digest != digest:
             raise BundleMissing(f"public bundle {digest[:12]} was changed on disk; delete its folder")
         return bundle

@@ -20,13 +20,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from privacy.banks import PrototypeBank
+from privacy.errors import PrivacyError
 from privacy.signing import Anchor
 
 MESSAGE_VERSION = 1
@@ -40,6 +42,7 @@ Objective = Literal["anchored", "microbatch", "infonce"]
 OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8")
+_ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes/"
 
 # What a site says about itself reaches logs, metrics and weights: bounded, and of one line.
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -164,19 +167,60 @@ class PublicBundle:
         weights: Weights by name, float32 (int64 for index buffers).
         anchor_texts: K public sentences.
         anchor_images: K public images, uint8, shape (K, H, W).
+        prototypes: Anchors that are vectors already, released with differential privacy before.
     """
 
     model: Mapping[str, Any]
     weights: Arrays
     anchor_texts: tuple[str, ...]
     anchor_images: NDArray[np.uint8]
+    prototypes: PrototypeBank | None = None
 
     @cached_property
     def digest(self) -> str:
         """Identity of the content, the same on every machine."""
-        texts = json.dumps([self.model, self.anchor_texts], sort_keys=True)
-        arrays = {**self.weights, "\0anchor-images": self.anchor_images}
-        return hashlib.sha256((texts + digest_of(arrays)).encode()).hexdigest()
+        facts: list[Any] = [self.model, self.anchor_texts]
+        arrays: Arrays = {**self.weights, "\0anchor-images": self.anchor_images}
+        if self.prototypes is not None:  # without them it is the digest of before there were any
+            facts.append(self.prototypes.facts())
+            arrays |= {f"\0prototypes/{name}": value for name, value in self.prototypes.arrays().items()}
+        return hashlib.sha256((json.dumps(facts, sort_keys=True) + digest_of(arrays)).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What is no array, JSON-ready."""
+        facts = {"model": dict(self.model), "anchor_texts": list(self.anchor_texts)}
+        return facts if self.prototypes is None else {**facts, "prototypes": self.prototypes.facts()}
+
+    def arrays(self) -> Arrays:
+        """All arrays, by names that do not meet."""
+        vectors = {} if self.prototypes is None else self.prototypes.arrays()
+        return {
+            **{f"{_WEIGHTS}{name}": value for name, value in self.weights.items()},
+            **{f"{_PROTOTYPES}{name}": value for name, value in vectors.items()},
+            _ANCHOR_IMAGES: self.anchor_images,
+        }
+
+    @classmethod
+    def parse(cls, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """The bundle of these `facts` and `arrays`.
+
+        Raises:
+            KeyError: a part is missing.
+            TypeError: a part of ``facts`` is of another kind.
+            PrivacyError: the prototypes are none.
+        """
+        rest = {name: value for name, value in arrays.items() if name != _ANCHOR_IMAGES}
+        vectors = {
+            name.removeprefix(_PROTOTYPES): rest.pop(name) for name in arrays if name.startswith(_PROTOTYPES)
+        }
+        released = "prototypes" in facts
+        return cls(
+            anchor_images=arrays[_ANCHOR_IMAGES],
+            model=facts["model"],
+            weights={name.removeprefix(_WEIGHTS): value for name, value in rest.items()},
+            anchor_texts=tuple(facts["anchor_texts"]),
+            prototypes=PrototypeBank.parse(facts["prototypes"], vectors) if released else None,
+        )
 
 
 class _TrainFacts(Facts):
@@ -260,9 +304,7 @@ def encode(
     if isinstance(message, Facts):
         return _records(type(message).__name__, message.model_dump(mode="json"), {})
     if isinstance(message, PublicBundle):
-        facts = {"model": dict(message.model), "anchor_texts": list(message.anchor_texts)}
-        weights = {f"weights/{name}": value for name, value in message.weights.items()}
-        return _records("PublicBundle", facts, {**weights, "anchor_images": message.anchor_images})
+        return _records("PublicBundle", message.facts(), message.arrays())
     if isinstance(message, TrainRequest):
         request = _TrainFacts(
             run=message.run,
@@ -308,6 +350,8 @@ def decode(
         raise MessageError(f"{kind}: wrong fields: {fields}") from None
     except (KeyError, TypeError) as error:
         raise MessageError(f"{kind}: missing part {error}") from None
+    except PrivacyError as error:
+        raise MessageError(f"{kind}: {error}") from None
 
 
 def _build(
@@ -319,14 +363,7 @@ def _build(
     if kind in plain:
         return plain[kind].model_validate(facts)
     if kind == "PublicBundle":
-        images = arrays.pop("anchor_images")
-        weights = {name.removeprefix("weights/"): value for name, value in arrays.items()}
-        return PublicBundle(
-            model=facts["model"],
-            weights=weights,
-            anchor_texts=tuple(facts["anchor_texts"]),
-            anchor_images=images,
-        )
+        return PublicBundle.parse(facts, arrays)
     if kind == "TrainRequest":
         request = _TrainFacts.model_validate(facts)
         return TrainRequest(

@@ -28,6 +28,7 @@ from encoders.objectives import (
     text_similarity,
 )
 from encoders.parts import TrainablePart, trainable_part
+from privacy.banks import PrototypeBank
 from privacy.bookkeeping import BookKeepingEngine
 from privacy.engine import Batch, ClippingEngine, PatientLosses
 from privacy.errors import UnsoundTraining
@@ -566,20 +567,37 @@ def plan_of(objective: str, loss: str) -> TrainingPlan:
     )
 
 
-def data_of(part: TrainablePart, cohort: list[tuple[int, int]]) -> TrainingData:
+def released() -> PrototypeBank:
+    """Two directions against each other, one of which reports state in the words of `TEXTS`."""
+    unit = np.eye(2, micro_encoder().width, dtype=np.float32)
+    return PrototypeBank(
+        concepts=("clear", "full"), wordings=(("clear lungs",), ("fluid",)), image=unit, text=-unit[::-1]
+    )
+
+
+def data_of(
+    part: TrainablePart, cohort: list[tuple[int, int]], prototypes: PrototypeBank | None
+) -> TrainingData:
     """A pair for each (patient, number of the picture and of the report)."""
     pictures = random_images(16, seed=4)
     texts = [TEXTS[picture % len(TEXTS)] for _, picture in cohort]
+    said = ANCHORS if prototypes is None else (*ANCHORS, *(first for first, *_ in prototypes.wordings))
     return TrainingData(
         pairs=Pairs.of(part, pictures[[picture for _, picture in cohort]], texts),
         patients=np.array([patient for patient, _ in cohort]),
-        masked=torch.from_numpy(same_meaning(texts, ANCHORS)),
-        positives=torch.from_numpy(soft_positives(text_similarity(texts, ANCHORS), least=0.2)),
+        masked=torch.from_numpy(same_meaning(texts, said)),
+        positives=torch.from_numpy(soft_positives(text_similarity(texts, said), least=0.2)),
     )
 
 
 def stepped(
-    kind: Any, plan: TrainingPlan, cohort: list[tuple[int, int]], *, seed: int, declared: int = DECLARED
+    kind: Any,
+    plan: TrainingPlan,
+    cohort: list[tuple[int, int]],
+    *,
+    seed: int,
+    declared: int = DECLARED,
+    prototypes: PrototypeBank | None = None,
 ) -> Tensor:
     """What one step of everyone changes in the weights that leave, next to no noise in it."""
     part = trainable_part(micro_encoder(seed=seed), kind, lora_rank=1)
@@ -587,8 +605,8 @@ def stepped(
     form = MicrobatchDpSgd if plan.objective == "microbatch" else AnchoredDpSgd
     update = train_privately(
         part,
-        data_of(part, cohort),
-        Anchors(images=images, texts=texts),
+        data_of(part, cohort, prototypes),
+        Anchors(images=images, texts=texts, prototypes=prototypes),
         plan,
         mechanism=form(max_grad_norm=BOUND, noise_multiplier=SILENT, sample_rate=1.0, steps=1),
         patients_declared=declared,
@@ -608,12 +626,20 @@ COHORTS = [
 ]
 
 
-def path_moved(kind: Any, plan: TrainingPlan, cohort: list[tuple[int, int]], *, seed: int) -> float:
+def path_moved(
+    kind: Any,
+    plan: TrainingPlan,
+    cohort: list[tuple[int, int]],
+    *,
+    seed: int,
+    prototypes: PrototypeBank | None = None,
+) -> float:
     """In units of C."""
     rest = [pair for pair in cohort if pair[0] != 5]
     if not rest:
-        return float(stepped(kind, plan, cohort, seed=seed).norm()) * DECLARED / BOUND
-    here, there = (stepped(kind, plan, each, seed=seed) for each in (cohort, rest))
+        alone = stepped(kind, plan, cohort, seed=seed, prototypes=prototypes)
+        return float(alone.norm()) * DECLARED / BOUND
+    here, there = (stepped(kind, plan, each, seed=seed, prototypes=prototypes) for each in (cohort, rest))
     return float((here - there).norm()) * DECLARED / BOUND
 
 
@@ -642,6 +668,19 @@ def test_a_patient_who_leaves_moves_what_the_site_sends_by_at_most_the_declared_
         for seed in range(3 if kind == "heads" else 1)
     ]
     assert 0.9 < max(found) <= sensitivity * ROUNDED
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", ["heads", "lora"])
+def test_beside_released_prototypes_a_patient_moves_what_the_site_sends_by_no_more_either(
+    kind: str, loss: str
+) -> None:
+    found = [
+        path_moved(kind, plan_of("anchored", loss), cohort, seed=seed, prototypes=released())
+        for cohort in COHORTS
+        for seed in range(2 if kind == "heads" else 1)
+    ]
+    assert 0.9 < max(found) <= ROUNDED
 
 
 @pytest.mark.parametrize(("true_count", "told"), [(False, False), (True, True)])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from client.training import train_privately
 from encoders.fitting import Pairs
 from encoders.objectives import anchored_sigmoid_loss
 from encoders.parts import TrainablePart, trainable_part
-from privacy.errors import UnsoundTraining
+from privacy.banks import PrototypeBank
+from privacy.errors import PrivacyError, UnsoundTraining
 from privacy.mechanism import AnchoredDpSgd, MicrobatchDpSgd
 from privacy.noise import GaussianNoise
 from privacy.probes import refuse_coupling
@@ -79,6 +81,23 @@ def anchors_of() -> Anchors:
     rng = np.random.default_rng(9)
     images, texts = (torch.from_numpy(rng.normal(size=(ANCHORS, WIDTH)).astype(np.float32)) for _ in "ab")
     return Anchors(images=images, texts=texts)
+
+
+def prototypes_of(count: int = 2) -> PrototypeBank:
+    unit = np.eye(count, EMBEDDING, dtype=np.float32)
+    names = tuple(f"concept {number}" for number in range(count))
+    return PrototypeBank(concepts=names, wordings=tuple((name,) for name in names), image=unit, text=-unit)
+
+
+def with_prototypes(data: TrainingData, count: int = 2, *, masked: bool = False) -> TrainingData:
+    """The same data beside a bank of so many prototypes more."""
+    rows = len(data.patients)
+    degrees = torch.rand(rows, count, generator=torch.Generator().manual_seed(0))
+    return replace(
+        data,
+        masked=torch.cat([data.masked, torch.full((rows, count), masked)], dim=1),
+        positives=None if data.positives is None else torch.cat([data.positives, degrees], dim=1),
+    )
 
 
 def group_sum(
@@ -183,12 +202,14 @@ def test_every_step_draws_groups_afresh_for_whoever_was_drawn(
     assert asked == [(4, 3)] * 2
 
 
-def train(part: TrainablePart, data: TrainingData, plan: TrainingPlan) -> dict[str, NDArray[Any]]:
+def train(
+    part: TrainablePart, data: TrainingData, plan: TrainingPlan, anchors: Anchors | None = None
+) -> dict[str, NDArray[Any]]:
     kind = MicrobatchDpSgd if plan.objective == "microbatch" else AnchoredDpSgd
     return train_privately(
         part,
         data,
-        anchors_of(),
+        anchors or anchors_of(),
         plan,
         mechanism=kind(max_grad_norm=BOUND, noise_multiplier=1e-6, sample_rate=1.0, steps=plan.steps),
         patients_declared=4,
@@ -269,3 +290,61 @@ def test_the_sigmoid_form_and_soft_positives_reach_the_loss(heads: TrainablePart
         )
         found = made.losses(heads.module, batch)
     torch.testing.assert_close(found, torch.stack([expected[0], expected[1:].mean()]))
+
+
+# --- released prototypes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("soft", [True, False])
+def test_prototypes_pass_the_probes(heads: TrainablePart, loss: str, soft: bool) -> None:
+    data = with_prototypes(random_data([0, 1], soft=soft))
+    anchors = replace(anchors_of(), prototypes=prototypes_of())
+    made = objective_of(heads, data, anchors, plan_of(objective="anchored", loss=loss))
+    refuse_coupling(heads.module, made.losses, made.made_up())
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_prototypes_are_anchors_that_no_weights_encode(soft: bool) -> None:
+    part = trainable_part(micro_encoder(), "heads", lora_rank=1)
+    data, bank = with_prototypes(random_data([0, 1, 1], soft=soft)), prototypes_of()
+    plan = plan_of(objective="anchored", loss="sigmoid", logit_bias=-2.5)
+    made = AnchoredObjective(part, data, replace(anchors_of(), prototypes=bank), plan)
+    part.load({name: value + 1 for name, value in part.arrays().items()})
+    made.refresh()
+    batch = made.batch(list(rows_by_patient(data.patients)), sampling=np.random.default_rng(0))
+    with torch.no_grad():
+        images, texts = part.module(anchors_of().images, anchors_of().texts)
+        expected = anchored_sigmoid_loss(
+            *part.module(data.pairs.images, data.pairs.texts),
+            text_anchors=torch.cat([texts, torch.from_numpy(bank.text)]),
+            image_anchors=torch.cat([images, torch.from_numpy(bank.image)]),
+            masked=data.masked,
+            positives=data.positives,
+            inverse_temperature=10.0,
+            logit_bias=-2.5,
+        )
+        found = made.losses(part.module, batch)
+    torch.testing.assert_close(found, torch.stack([expected[0], expected[1:].mean()]))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_prototypes_change_what_is_trained_unless_every_pair_says_the_same(loss: str) -> None:
+    def trained(data: TrainingData, anchors: Anchors) -> NDArray[Any]:
+        part = trainable_part(micro_encoder(), "heads", lora_rank=1)
+        update = train(part, data, plan_of(objective="anchored", loss=loss), anchors)
+        return np.concatenate([value.ravel() for value in update.values()])
+
+    data, more = random_data([0, 1, 1, 2]), replace(anchors_of(), prototypes=prototypes_of())
+    plain = trained(data, anchors_of())
+    assert np.abs(trained(with_prototypes(data), more) - plain).max() > 1e-3
+    assert trained(with_prototypes(data, masked=True), more) == pytest.approx(plain, abs=1e-5)
+
+
+def test_prototypes_of_another_width_are_refused(heads: TrainablePart) -> None:
+    unit = np.eye(1, EMBEDDING + 1, dtype=np.float32)
+    odd = PrototypeBank(concepts=("a",), wordings=(("a",),), image=unit, text=unit)
+    with pytest.raises(PrivacyError, match=rf"anchors of width {EMBEDDING}, prototypes of {EMBEDDING + 1}"):
+        AnchoredObjective(
+            heads, random_data([0]), replace(anchors_of(), prototypes=odd), plan_of(objective="anchored")
+        )

@@ -1,17 +1,26 @@
 """What a site keeps ready is what its plan asks for."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from client.answers import answer_train
+from client import answers
+from client.answers import answer_install, answer_train
+from client.batches import TrainingData
+from client.errors import Refused
+from client.objectives import Anchors
 from client.site import packed_cohort
+from client.training import train_privately
 from client.workbench import training_data
 from encoders.objectives import same_meaning, soft_positives, text_similarity
-from encoders.parts import trainable_part
-from tests.encoders.micro import micro_encoder
-from tests.small_hospitals import ready, request
+from encoders.parts import TrainablePart, trainable_part
+from privacy.banks import PrototypeBank
+from strategies.messages import Arrays
+from tests.encoders.micro import EMBEDDING, micro_encoder
+from tests.small_hospitals import bundle, ready, request
 
 ANCHORS = ("Clear lungs. No pleural effusion.", "Cardiomegaly.")
 
@@ -31,6 +40,67 @@ def test_anchors_that_say_the_same_are_left_out_or_where_the_plan_says_so_right_
     assert np.array_equal(soft.positives.numpy(), expected)
     assert (expected > 0).any()
     assert not soft.masked.any()
+
+
+def test_a_prototype_is_as_near_a_report_as_the_nearest_of_its_wordings(hospitals: Path) -> None:
+    folder = hospitals / "hospitals" / "site-1"
+    part = trainable_part(micro_encoder(), "heads", lora_rank=1)
+    cohort = packed_cohort(folder)
+    texts = [cohort.texts[row] for row in cohort.train()]
+    wordings = (("Nobody writes this.", texts[0]), ("Consolidation.",))
+    hard, soft = (training_data(folder, part, ANCHORS, least, wordings) for least in (None, 0.25))
+    assert soft.positives is not None
+    assert hard.masked.shape == soft.masked.shape == soft.positives.shape == (len(texts), 4)
+    assert np.array_equal(hard.masked[:, :2].numpy(), same_meaning(texts, ANCHORS))
+    assert np.array_equal(hard.masked[:, 2].numpy(), same_meaning(texts, wordings[0]).any(1))
+    assert hard.masked[0, 2]
+    assert not hard.masked.all(0).any()
+    nearest = text_similarity(texts, wordings[0]).max(1)
+    assert np.array_equal(soft.positives[:, 2].numpy(), soft_positives(nearest, least=0.25))
+    expected = soft_positives(text_similarity(texts, wordings[1]), least=0.25)
+    assert np.array_equal(soft.positives[:, 3:].numpy(), expected)
+
+
+def released(*, width: int = EMBEDDING) -> PrototypeBank:
+    unit = np.eye(2, width, dtype=np.float32)
+    return PrototypeBank(
+        concepts=("a", "b"),
+        wordings=(("pleural effusion", "effusion"), ("no effusion",)),
+        image=unit,
+        text=-unit,
+    )
+
+
+def test_a_site_trains_against_the_prototypes_of_its_bundle(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, seen = ready(hospitals / "hospitals" / "site-1"), []
+
+    def spied(part: TrainablePart, data: TrainingData, anchors: Anchors, *rest: Any, **named: Any) -> Arrays:
+        wordings = None if anchors.prototypes is None else anchors.prototypes.wordings
+        seen.append((len(anchors.images), data.masked.shape[1], wordings))
+        return train_privately(part, data, anchors, *rest, **named)
+
+    monkeypatch.setattr(answers, "train_privately", spied)
+    for number, bank in enumerate((released(), None), start=1):
+        made = replace(bundle(), prototypes=bank)
+        answer_install(site, made)
+        update = answer_train(site, replace(request(server_round=number), bundle=made.digest)).update
+        assert all(np.isfinite(value).all() for value in update.values())
+    assert seen == [(3, 5, released().wordings), (3, 3, None)]
+
+
+@pytest.mark.parametrize("part", ["heads", "full"])
+def test_prototypes_for_another_model_are_refused_before_anything_is_charged(
+    part: str, hospitals: Path
+) -> None:
+    site = ready(hospitals / "hospitals" / "site-1")
+    odd = replace(bundle(), prototypes=released(width=EMBEDDING + 1))
+    answer_install(site, odd)
+    with pytest.raises(Refused, match="prototypes of width 9, and the model embeds in 8") as refused:
+        answer_train(site, replace(request(part=part), bundle=odd.digest))
+    assert refused.value.code == "model"
+    assert len(site.ledger().rows()) == 1
 
 
 def test_a_site_trains_every_objective_form_and_optimizer_that_may_claim(hospitals: Path) -> None:

@@ -15,6 +15,7 @@ from scipy.stats import kstest
 from torch.nn import functional as F
 
 from privacy.accounting import PoissonGaussian, epsilon
+from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
 from privacy.noise import GaussianNoise
 from privacy.projection import Projection
@@ -22,7 +23,6 @@ from privacy.prototypes import (
     MODALITIES,
     Modality,
     NoisySums,
-    PrototypeBank,
     PrototypeRelease,
     RawRows,
     add_up,
@@ -32,6 +32,7 @@ from privacy.prototypes import (
 Cohort = Mapping[Modality, RawRows]
 Sum = Callable[[PrototypeRelease, Cohort], NDArray[np.float64]]
 CONCEPTS = ("effusion present", "effusion absent", "cardiomegaly present")
+WORDINGS = (("pleural effusion", "fluid in the pleura"), ("no effusion",), ("large heart",))
 WIDTH, NEIGHBOUR = 6, 99
 SIZES = [0.0, 1e-30, 0.5, 1.0, 1.001, 3.0, 1e6, 1e200, math.nan, math.inf]
 
@@ -439,6 +440,8 @@ def test_a_prototype_with_too_low_a_noisy_count_is_its_prompt() -> None:
     prompts = np.eye(3, WIDTH, k=2)
     bank = known_sums([50.0, 49.0, -3.0]).bank(prompts, least_count=49.5)
     assert bank.concepts == CONCEPTS
+    assert bank.wordings == tuple((name,) for name in CONCEPTS)
+    assert known_sums([0.0] * 3).bank(prompts, least_count=1.0, wordings=WORDINGS).wordings == WORDINGS
     np.testing.assert_allclose(bank.image[0], -np.eye(1, WIDTH)[0])
     np.testing.assert_allclose(bank.image[1:], prompts[1:])
     np.testing.assert_allclose(bank.text, prompts)
@@ -466,14 +469,14 @@ def test_a_bank_of_other_than_unit_vectors_is_refused(value: float) -> None:
     bad = good.copy()
     bad[1, 1] = value
     with pytest.raises(PrivacyError, match="expected text prototypes of length 1"):
-        PrototypeBank(concepts=CONCEPTS, image=good, text=bad)
+        PrototypeBank(concepts=CONCEPTS, wordings=WORDINGS, image=good, text=bad)
 
 
 def test_a_bank_of_other_shapes_is_refused() -> None:
     good = np.eye(3, WIDTH, dtype=np.float32)
     for image, text in ((good[:2], good), (good, good[:2]), (good, good[:, :5]), (good[0], good)):
         with pytest.raises(PrivacyError, match="prototypes of 3 concepts in rows of D"):
-            PrototypeBank(concepts=CONCEPTS, image=image, text=text)
+            PrototypeBank(concepts=CONCEPTS, wordings=WORDINGS, image=image, text=text)
 
 
 def test_prototypes_stand_behind_the_bank_as_they_are() -> None:

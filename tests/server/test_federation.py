@@ -182,6 +182,24 @@ def test_anchors_from_sources_that_make_no_bank_are_refused(sources: str, text: 
         load(tmp_path, MINIMAL + f"[objective]\nanchors-from = {sources}\n")
 
 
+@pytest.mark.parametrize("sources", ["", 'anchors-from = ["synthetic"]\nform = "sigmoid"\n'])
+def test_prototypes_are_found_beside_the_file_and_shown_without_their_folder(
+    sources: str, tmp_path: Path
+) -> None:
+    federation = load(tmp_path, MINIMAL + f'[objective]\nprototypes = "kept/p.safetensors"\n{sources}')
+    assert federation.objective.prototypes == tmp_path / "kept" / "p.safetensors"
+    assert federation.public_settings()["objective"]["prototypes"] == "p.safetensors"
+    assert "prototypes" not in load(tmp_path, MINIMAL).public_settings()["objective"]
+
+
+@pytest.mark.parametrize("name", ["microbatch", "infonce"])
+def test_prototypes_of_an_objective_without_anchors_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match=f"objective '{name}' has none: remove the key, or name 'anchored'"
+    ):
+        load(tmp_path, MINIMAL + f'[objective]\nname = "{name}"\nprototypes = "p.safetensors"\n')
+
+
 def test_microbatch_may_claim_an_epsilon() -> None:
     document = {"version": 1, "name": "d", "privacy": {"epsilon": 3.0}, "objective": {"name": "microbatch"}}
     plan = Federation.parse(document, source="f").plan()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from privacy.banks import PrototypeBank
 from server.banks import PublicAnchors, label_prompts, noise_images
 from server.errors import RunError
 from server.evaluation import EvaluationSet
@@ -23,7 +24,7 @@ from server.start import (
     start_of,
 )
 from strategies.bundles import BundleMissing
-from tests.encoders.micro import TEXTS, micro_encoder, random_images
+from tests.encoders.micro import EMBEDDING, TEXTS, micro_encoder, random_images
 from tests.small_hospitals import bundle, federation
 
 
@@ -201,3 +202,34 @@ def test_synthetic_anchors_must_be_prepared_first(tmp_path: Path) -> None:
         prepared_start(asked, cache=tmp_path)
     save_prepared(start_folder(asked, tmp_path), prepared())
     assert prepared_start(asked, cache=tmp_path).bundle.digest == bundle().digest
+
+
+def released(folder: Path, *, width: int = EMBEDDING) -> Path:
+    unit = np.eye(2, width, dtype=np.float32)
+    path = folder / "prototypes.safetensors"
+    PrototypeBank(concepts=("a", "b"), wordings=(("a",), ("b",)), image=unit, text=-unit).save(path)
+    return path
+
+
+def test_named_prototypes_join_the_bundle_and_need_no_other_start(root: Path) -> None:
+    plain, asked = federation(root), federation(root, objective={"prototypes": str(released(root))})
+    assert start_folder(asked, root / "cache") == start_folder(plain, root / "cache")
+    ready = prepared_start(plain, cache=root / "cache")
+    without, begin = start_of(plain, ready), start_of(asked, ready)
+    assert without.bundle.prototypes is None
+    assert without.bundle.digest == ready.bundle.digest != begin.bundle.digest
+    assert begin.bundle.prototypes is not None
+    assert begin.bundle.prototypes.concepts == ("a", "b")
+    assert begin.bundle.anchor_texts == ready.bundle.anchor_texts
+    assert all(np.array_equal(value, without.arrays[name]) for name, value in begin.arrays.items())
+
+
+def test_prototypes_that_cannot_be_used_stop_the_run(root: Path) -> None:
+    absent = federation(root, objective={"prototypes": str(root / "absent.safetensors")})
+    with pytest.raises(RunError, match=r"objective\.prototypes: no prototypes at .*absent\.safetensors"):
+        start_of(absent, prepared())
+    odd = federation(root, objective={"prototypes": str(released(root, width=EMBEDDING + 1))})
+    with pytest.raises(
+        RunError, match=r"objective\.prototypes: prototypes of width 9, and the model embeds in 8"
+    ):
+        start_of(odd, prepared())

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privacy.banks import PrototypeBank
 from strategies import bundles
 from strategies.bundles import BundleMissing, BundleStore
 from strategies.messages import PublicBundle, digest_of
@@ -43,6 +44,21 @@ def test_a_stored_bundle_comes_back_as_itself(
     loaded = store.load(store.store(kept))
     assert (loaded.digest, loaded.anchor_texts, loaded.model) == (kept.digest, tuple(texts), model)
     assert digest_of(loaded.weights) == digest_of(kept.weights)
+
+
+def test_prototypes_are_stored_with_their_bundle(store: BundleStore) -> None:
+    unit = np.eye(2, 3, dtype=np.float32)
+    prototypes = PrototypeBank(
+        concepts=("a", "größer"), wordings=(("x", "y"), ("z",)), image=unit, text=unit[::-1]
+    )
+    digest = store.store(bundle(prototypes=prototypes))
+    loaded = store.load(digest)
+    assert digest != bundle().digest
+    assert loaded.prototypes is not None
+    assert loaded.prototypes.facts() == prototypes.facts()
+    assert np.array_equal(loaded.prototypes.text, unit[::-1])
+    assert digest_of(loaded.weights) == digest_of(bundle().weights)
+    assert store.load(store.store(bundle())).prototypes is None
 
 
 def test_storing_again_changes_nothing(store: BundleStore) -> None:

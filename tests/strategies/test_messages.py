@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from privacy.banks import PrototypeBank
 from privacy.signing import Anchor
 from strategies import messages
 from strategies.messages import (
@@ -114,6 +115,65 @@ def test_a_bundle_survives_the_wire(values: Arrays) -> None:
     assert same(got.weights, values)
     assert got.anchor_texts == sent.anchor_texts
     assert got.digest == sent.digest
+
+
+def prototypes(**changes: Any) -> PrototypeBank:
+    unit = np.eye(2, 3, dtype=np.float32)
+    fields: dict[str, Any] = {
+        "concepts": ("effusion present", "effusion absent"),
+        "wordings": (("pleural effusion", "effusion"), ("no effusion",)),
+        "image": unit,
+        "text": -unit,
+        **changes,
+    }
+    return PrototypeBank(**fields)
+
+
+@given(models)
+def test_a_bundle_with_prototypes_survives_the_wire(values: Arrays) -> None:
+    sent = bundle(weights=values, prototypes=prototypes())
+    got = require(decode(encode(sent)), PublicBundle)
+    assert same(got.weights, values)
+    assert got.prototypes is not None
+    assert got.prototypes.facts() == prototypes().facts()
+    assert same(dict(got.prototypes.arrays()), dict(prototypes().arrays()))
+    assert got.digest == sent.digest != bundle(weights=values).digest
+
+
+def test_a_bundle_without_prototypes_is_the_one_it_was_before_there_were_any() -> None:
+    assert bundle().digest == "736a105a99a8a25f972222c3de6772a47831716e00e69f8fe9281bd51c19a546"
+    assert set(bundle().facts()) == {"model", "anchor_texts"}
+
+
+def test_everything_is_part_of_prototypes_identity() -> None:
+    other = -np.eye(2, 3, dtype=np.float32)
+    changed: list[dict[str, Any]] = [
+        {},
+        {"concepts": ("effusion absent", "effusion present")},
+        {"wordings": (("pleural effusion",), ("effusion", "no effusion"))},
+        {"image": other},
+        {"text": -other},
+    ]
+    digests = {bundle(prototypes=prototypes(**changes)).digest for changes in changed}
+    assert len(digests) == len(changed)
+
+
+@pytest.mark.parametrize(
+    ("facts", "rule"),
+    [
+        (None, "PublicBundle: prototypes need concepts"),
+        ({"concepts": ["Doe^John"], "wordings": [[""]]}, "PublicBundle: expected wordings of 1 concepts"),
+        ({"concepts": ["a"], "wordings": [["a"]]}, "PublicBundle: expected image prototypes of 1 concepts"),
+        ({"concepts": [[]], "wordings": [["a"]]}, "PublicBundle: expected the names of at least one concept"),
+    ],
+)
+def test_prototypes_that_are_none_are_refused(facts: Any, rule: str) -> None:
+    content = encode(bundle(prototypes=prototypes()))
+    document = {**json.loads(str(content["facts"]["json"])), "prototypes": facts}
+    content["facts"] = ConfigRecord({"version": 1, "kind": "PublicBundle", "json": json.dumps(document)})
+    with pytest.raises(MessageError, match=rule) as caught:
+        decode(content)
+    assert "Doe" not in str(caught.value)
 
 
 def test_arrays_in_any_memory_layout_survive_the_wire() -> None:
@@ -290,7 +350,9 @@ def test_an_arrays_record_without_arrays_is_refused() -> None:
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
         lambda inner: (
             st.lists(inner, max_size=3)
-            | st.dictionaries(st.sampled_from(["site", "run", "model", "anchor_texts", "plan"]), inner)
+            | st.dictionaries(
+                st.sampled_from(["site", "run", "model", "anchor_texts", "prototypes", "plan"]), inner
+            )
         ),
         max_leaves=6,
     ),
