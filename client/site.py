@@ -34,6 +34,8 @@ class CohortTable(PairSource):
         image_size: Pixels images are packed at.
         ct_windows: Centre and width in Hounsfield units of what CT is shown by; without any, it is not read.
         test_fraction: Share of patients held out, where no split column says so.
+        label_reports: Whether reports are read for labels of the findings for which the source brings none.
+        findings: YAML of the findings to read them for, instead of those that come along.
         merge: CSV with the columns patient_id and same_as: ids of one patient, who is one in everything.
         seconds_per_file: Wall time after which a file is given up.
         max_failure_share: Largest share of inputs that may fail; above it the cohort of before stays.
@@ -47,6 +49,8 @@ class CohortTable(PairSource):
     image_size: int = Field(default=224, ge=16, le=1024)
     ct_windows: tuple[tuple[float, float], ...] = ()
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    label_reports: bool = False
+    findings: Path | None = None
     merge: Path | None = None
     seconds_per_file: float = Field(default=SECONDS_PER_FILE, gt=0)
     max_failure_share: float = Field(default=1.0, ge=0, le=1)
@@ -54,7 +58,7 @@ class CohortTable(PairSource):
     dicomweb: DicomWebTable | None = None
     dimse: DimseTable | None = None
 
-    PATHS: ClassVar[tuple[str, ...]] = (*PairSource.PATHS, "merge")
+    PATHS: ClassVar[tuple[str, ...]] = (*PairSource.PATHS, "findings", "merge")
 
     @model_validator(mode="before")
     @classmethod
@@ -64,9 +68,11 @@ class CohortTable(PairSource):
         return table
 
     @model_validator(mode="after")
-    def _one_pacs(self) -> Self:
+    def _no_contradiction(self) -> Self:
         if self.dicomweb is not None and self.dimse is not None:
             raise ValueError("name one PACS: dicomweb or dimse")
+        if self.findings is not None and not self.label_reports:
+            raise ValueError("findings are what reports are read for: set label-reports = true")
         return self
 
     @property
@@ -183,6 +189,8 @@ class Site:
             table=self._path(source.table),
             where=source.where,
             labels=self._path(source.labels),
+            label_reports=source.label_reports,
+            findings=self._path(source.findings),
             image_size=source.image_size,
             ct_windows=source.ct_windows,
             test_fraction=source.test_fraction,

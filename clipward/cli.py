@@ -115,6 +115,8 @@ def cohort_build(
     typer.echo(f"{'inputs':12} {sum(cohort.counts.values()):8}")
     for code, count in cohort.codes.items():
         typer.echo(f"  {count:8} x {code}: {code.meaning}")
+    for kind, hits in cohort.masked.items():
+        typer.echo(f"  {hits:8} x {kind} masked in the reports")
     typer.echo(f"packed in {site / 'cohort'}; its quarantine.csv names every file that was not used")
 
 

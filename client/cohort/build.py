@@ -33,8 +33,10 @@ from client.cohort.tables import read_table
 from client.cohort.workers import Workers
 from client.reports.index import ReportIndex
 from client.reports.report import Report
+from client.text.errors import FindingsFileError
+from client.text.labels import Findings, default_findings, load_findings
 
-PIPELINE = 3  # raised with every change of the pixels or texts that come out
+PIPELINE = 4  # raised with every change of the pixels or texts that come out
 
 logger = logging.getLogger(f"clipward.{__name__}")
 
@@ -132,6 +134,7 @@ def _pack(
     """Send every input of the source either into the cohort or among those left out."""
     same_patient = PatientMerges.read(settings.merge)
     labels = read_table(settings.labels) if settings.labels else None
+    findings = _findings(settings)
     with ReportIndex() as reports, CandidatesOnDisk() as candidates:
         for kind in settings.report_settings.sources():
             for report in kind.read():
@@ -144,7 +147,7 @@ def _pack(
             else:
                 _take_report(entry.name, entry.outcome, same_patient, reports, writer)
                 progress.add(2)
-        pairing = Pairing(reports=reports, labels=labels, same_patient=same_patient)
+        pairing = Pairing(reports=reports, labels=labels, same_patient=same_patient, findings=findings)
         # Only now: the report of an image may lie behind it in the folder.
         pairs, to_render = tee(_pairs(candidates, pairing, writer, progress))
         displays = index.displays(
@@ -219,12 +222,24 @@ def _row(
     row = Row(
         text=candidate.text or "",
         text_rule=candidate.text_rule,
+        masked=candidate.masked,
         patient=_keyed(settings, "patient", patient),
         study=_keyed(settings, "study", patient, candidate.study),
         is_test=is_test,
         labels=candidate.labels,
+        read_labels=candidate.read_labels,
     )
     return row, remarks
+
+
+def _findings(settings: CohortSettings) -> Findings | None:
+    """Return what the texts are read for, None where they are not."""
+    if not settings.label_reports:
+        return None
+    try:
+        return load_findings(settings.findings) if settings.findings else default_findings()
+    except FindingsFileError as error:
+        raise CohortSettingsError(f"cohort.findings: {error}") from error
 
 
 def _keyed(settings: CohortSettings, *parts: str) -> bytes:
@@ -235,7 +250,8 @@ def _fingerprint(settings: CohortSettings, source: Source) -> str:
     """Return what changes when the cohort would come out differently, without reading an image."""
     digest = hmac.new(settings.key, digestmod="sha256")
     limits = json.dumps([settings.seconds_per_file, settings.max_failure_share])
-    tables = (stamp(path, path.name) for path in (settings.labels, settings.merge) if path is not None)
+    beside = (settings.labels, settings.findings, settings.merge)
+    tables = (stamp(path, path.name) for path in beside if path is not None)
     told = (line for kind in settings.report_settings.sources() for line in kind.stamps())
     for line in chain([_rules(settings), limits], source.stamps(), told, tables):
         digest.update(line.encode(errors="surrogateescape") + b"\n")
@@ -244,7 +260,8 @@ def _fingerprint(settings: CohortSettings, source: Source) -> str:
 
 def _rules(settings: CohortSettings) -> str:
     """Return all that decides on the content beside the files and the salt."""
-    chosen = [settings.test_fraction, sorted(settings.where.items()), *settings.report_settings.facts()]
+    chosen = [settings.test_fraction, sorted(settings.where.items()), settings.label_reports]
+    chosen += settings.report_settings.facts()
     return json.dumps([_header_rules(settings), _display_rules(settings), chosen])
 
 

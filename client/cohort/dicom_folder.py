@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import tee
 from pathlib import Path
 
 from pydicom import Dataset
+from pydicom.multival import MultiValue
 from pydicom.uid import (
     UID,
     BreastProjectionXRayImageStorageForPresentation,
@@ -32,6 +34,7 @@ from client.cohort.pixels import check_decodable, frame_count
 from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
 from client.reports.report import Report
 from client.reports.sr import REPORT_CLASSES, issuer_of, read_report
+from client.text.known import HEADER
 
 PROJECTIONS = frozenset(
     {
@@ -76,6 +79,7 @@ _HEADER_KEYWORDS = (
     "SpecificCharacterSet",
     "StudyID",
     "ViewPosition",
+    *HEADER,
 )
 
 
@@ -157,6 +161,7 @@ def read_header(path: Path, *, with_ct: bool = False) -> Candidate | Report | Re
             issuer, study_id = issuer_of(dataset), _text(dataset, "StudyID")
             if frame_count(dataset) > 1:
                 noted.append(Code.W_MULTIFRAME)
+            header = _identifiers(dataset)
     except RefusedError as refusal:
         return refusal.rejected
     except EOFError:
@@ -174,6 +179,7 @@ def read_header(path: Path, *, with_ct: bool = False) -> Candidate | Report | Re
             "study_id": study_id,
         },
         uid=uid,
+        header=header,
         remarks=(*noted, *remarks),
     )
 
@@ -205,6 +211,22 @@ def _judge(dataset: Dataset, *, with_ct: bool) -> tuple[str, str, str, str]:
     check_decodable(dataset)
     study, uid = _text(dataset, "StudyInstanceUID"), _text(dataset, "SOPInstanceUID")
     return _text(dataset, "AccessionNumber"), study, _text(dataset, "PatientID"), uid
+
+
+def _identifiers(dataset: Dataset) -> dict[str, str]:
+    """What the header says that a report must not repeat; several values as DICOM writes them.
+
+    A value that breaks the standard costs neither the image nor a remark: nothing else is read from it.
+    """
+    found: dict[str, str] = {}
+    with quietly([]):
+        for keyword in HEADER:
+            with suppress(Exception):  # pydicom raises any type on a damaged value
+                value = dataset.get(keyword)
+                several = value if isinstance(value, MultiValue) else [value]
+                if text := "\\".join(str(each).strip() for each in several if each):
+                    found[keyword] = text
+    return found
 
 
 def _text(dataset: Dataset, keyword: str) -> str:

@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,8 @@ from client.cohort.outcomes import Code, Rejected, State
 from client.cohort.packed_images import IMAGES, KEYS, NO_KEY, PackedImages
 from client.cohort.scan_index import SCAN, SCAN_FILES
 from client.cohort.store import INDEX, MANIFEST, QUARANTINE, VERSION
+from client.cohort.tables import plain
+from client.text.keys import KEY_DIGITS, text_key
 from strategies.files import sync
 
 # Beside a lateral view, a note or a second copy, every input ought to become a row or a report.
@@ -51,15 +53,19 @@ class Row:
         patient: Pseudonym of the patient, of 32 bytes at most.
         study: Pseudonym of the study, unlike that of any other patient's study.
         is_test: Whether the patient is held out.
+        masked: What was taken out of the text, hits by kind.
         labels: Finding to value; absent and NaN are unknown.
+        read_labels: The same, read from the text: for findings of which ``labels`` says nothing in any row.
     """
 
     text: str
     text_rule: str = ""
+    masked: Mapping[str, int] = field(default_factory=dict)
     patient: bytes
     study: bytes
     is_test: bool
     labels: Mapping[str, float]
+    read_labels: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +191,7 @@ class CohortWriter:
             "counts": {state: self._counts[state] for state in State},
             "codes": dict(sorted(self._codes.items())),
             "text_rules": dict(sorted(self._columns.text_rules.items())),
+            "masked": dict(sorted(self._columns.masked.items())),
         }
         del arrays
         self._columns.close()
@@ -263,7 +270,9 @@ class _Columns:
         self._text_ends = array("q")
         self._patients, self._studies, self._is_test = bytearray(), bytearray(), bytearray()
         self._labels: dict[str, array[float]] = {}
+        self._read_labels: dict[str, array[float]] = {}
         self.text_rules = Counter[str]()
+        self.masked = Counter[str]()
 
     def __len__(self) -> int:
         return len(self._is_test)
@@ -274,12 +283,14 @@ class _Columns:
         self._text_ends.append(len(text) + (self._text_ends[-1] if self._text_ends else 0))
         self._text_digests += sha256(text).digest()[:_DIGEST_BYTES]
         self.text_rules[row.text_rule] += 1
+        self.masked.update(row.masked)
         self._patients += row.patient.ljust(_PSEUDONYM_BYTES, b"\0")
         self._studies += row.study.ljust(_PSEUDONYM_BYTES, b"\0")
-        for name, value in row.labels.items():
-            column = self._labels.setdefault(name, array("f"))
-            column.extend([math.nan] * (len(self) - len(column)))
-            column.append(value)
+        for columns, labels in ((self._labels, row.labels), (self._read_labels, row.read_labels)):
+            for name, value in labels.items():
+                column = columns.setdefault(name, array("f"))
+                column.extend([math.nan] * (len(self) - len(column)))
+                column.append(value)
         self._is_test.append(row.is_test)
 
     def close(self) -> None:
@@ -289,10 +300,11 @@ class _Columns:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the index; of equal texts one is stored."""
-        rows, names = len(self), sorted(self._labels)
+        known = self._known_labels()
+        rows, names = len(self), sorted(known)
         labels = np.full((rows, len(names)), np.nan, dtype=np.float32)
         for number, name in enumerate(names):
-            labels[: len(self._labels[name]), number] = self._labels[name]
+            labels[: len(known[name]), number] = known[name]
         _, first, number_of = np.unique(
             _strings(self._text_digests, _DIGEST_BYTES), return_index=True, return_inverse=True
         )
@@ -302,9 +314,11 @@ class _Columns:
         ends = np.asarray(self._text_ends, dtype=np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
         kept = first[order]
+        texts, keys = self._distinct_texts(starts[kept], ends[kept])
         return {
-            "texts": self._distinct_texts(starts[kept], ends[kept]),
+            "texts": texts,
             "text_ends": np.cumsum(ends[kept] - starts[kept], dtype=np.int64),
+            "text_keys": keys,
             "text_ids": rank[number_of].astype(np.int32),
             "patients": _numbered(self._patients),
             "studies": _numbered(self._studies),
@@ -313,16 +327,30 @@ class _Columns:
             "labels": labels,
         }
 
-    def _distinct_texts(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _known_labels(self) -> dict[str, "array[float]"]:
+        """Every finding's column: the site's own, and what was read of those that the site says nothing of.
+
+        A finding is never mixed from both: labels by two rules cannot be compared.
+        """
+        own = {plain(name) for name in self._labels}
+        read = {name: column for name, column in self._read_labels.items() if plain(name) not in own}
+        return {**self._labels, **read}
+
+    def _distinct_texts(
+        self, starts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bytes_]]:
+        """The texts between these places, one behind the other, and the key of each."""
         self._texts.flush()
         total, place = int((ends - starts).sum()), 0
         texts = np.empty(total, dtype=np.uint8)
-        if total:
-            every = np.memmap(self._path, dtype=np.uint8, mode="r")
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-                texts[place : place + end - start] = every[start:end]
-                place += end - start
-        return texts
+        keys = np.empty(len(starts), dtype=f"S{KEY_DIGITS}")
+        every = np.memmap(self._path, dtype=np.uint8, mode="r") if total else texts
+        for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            text = every[start:end]
+            texts[place : place + end - start] = text
+            keys[number] = text_key(text.tobytes().decode())
+            place += end - start
+        return texts, keys
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which text and labels belong to an image, and whether they are the same patient's."""
+"""Which text and labels belong to an image, whether they are the same patient's, and what is masked in it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,10 @@ from client.cohort.outcomes import Code, RefusedError, Rejected, State
 from client.cohort.sources import Candidate
 from client.cohort.tables import KEYS, KeyedRows, Table, label_value
 from client.reports.index import ReportIndex
-from client.text.sections import Rule, parse
+from client.reports.report import Report
+from client.text.labels import Findings, label
+from client.text.scrub import KnownIdentifiers, scrub
+from client.text.sections import parse, training_text
 
 
 class Pairing:
@@ -18,7 +21,12 @@ class Pairing:
     """
 
     def __init__(
-        self, *, reports: ReportIndex, labels: Table | None, same_patient: Callable[[str], str] = str
+        self,
+        *,
+        reports: ReportIndex,
+        labels: Table | None,
+        same_patient: Callable[[str], str] = str,
+        findings: Findings | None = None,
     ) -> None:
         """Take the reports, which have to be complete before the first image asks, and index the labels.
 
@@ -26,15 +34,22 @@ class Pairing:
             reports: The reports.
             labels: Their labels and those of the images.
             same_patient: Maps the ids of one patient to one of them; images and reports come so.
+            findings: What to label in the training texts; None: they are not read for labels.
 
         Raises:
             ColumnMissingError: The table of labels has no key column.
         """
         self._reports = reports
         self._labels = _Labels(labels, same_patient) if labels is not None else None
+        self._findings = findings
 
     def complete(self, candidate: Candidate) -> Candidate | Rejected:
-        """Return the candidate with its training text, labels and patient, or why it is left out."""
+        """Return the candidate with its training text, labels and patient, or why it is left out.
+
+        Guarantees:
+            The training text repeats nothing of the candidate's header, nor what names a person, a place, a
+            day or a number in any text, as far as ``scrub`` finds it.
+        """
         try:
             return self._complete(candidate)
         except RefusedError as refusal:
@@ -47,10 +62,7 @@ class Pairing:
             candidate = self._labels.add_to(candidate)
         if not candidate.patient:
             raise RefusedError(State.QUARANTINED, Code.E_NO_PATIENT)
-        parsed = parse(candidate.text or "")
-        if parsed.rule is Rule.NOTHING:
-            raise RefusedError(State.UNPAIRED, Code.E_REPORT_EMPTY)
-        return replace(candidate, text=parsed.text, text_rule=parsed.rule.value)
+        return self._with_training_text(candidate)
 
     def _with_report(self, candidate: Candidate) -> Candidate:
         report = self._reports.find(candidate.keys, patient=candidate.patient)
@@ -59,10 +71,36 @@ class Pairing:
         return replace(
             candidate,
             text=report.text,
+            header={**_numbers(report), **candidate.header},
             patient=candidate.patient or report.patient,
             labels={**candidate.labels, **report.labels},
             remarks=(*candidate.remarks, *report.remarks),
         )
+
+    def _with_training_text(self, candidate: Candidate) -> Candidate:
+        parsed = parse(candidate.text or "")
+        scrubbed = scrub(parsed.text, KnownIdentifiers.from_header(candidate.header))
+        text = training_text(scrubbed.text) if scrubbed.hits_by_kind else parsed.text
+        if not text:
+            raise RefusedError(State.UNPAIRED, Code.E_REPORT_EMPTY)
+        return replace(
+            candidate,
+            text=text,
+            text_rule=parsed.rule.value,
+            masked=scrubbed.hits_by_kind,
+            read_labels=label(text, self._findings) if self._findings is not None else {},
+        )
+
+
+def _numbers(report: Report) -> dict[str, str]:
+    """What a report says of its study, for images whose header does not."""
+    said = {
+        "PatientID": report.patient,
+        "AccessionNumber": report.accession,
+        "StudyInstanceUID": report.study_uid,
+        "StudyID": report.study_id,
+    }
+    return {keyword: value for keyword, value in said.items() if value}
 
 
 class _Labels:

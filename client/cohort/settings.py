@@ -22,6 +22,8 @@ class CohortSettings:
         table: CSV with the columns image, text, patient_id and perhaps split.
         where: Keep only the rows of ``table`` with these values, column by column.
         labels: CSV of labels beside the reports or the table.
+        label_reports: Whether texts are read for labels of the findings for which the source brings none.
+        findings: YAML of the findings to read them for; by default those of ``client.text``.
         image_size: Side of the packed square images, in pixels.
         ct_windows: Centre and width in Hounsfield units, such as (-600, 1500) for lungs and (40, 400) for
             soft tissue. A slice becomes one grey image, the mean of what they show. Without any, CT is not
@@ -43,6 +45,8 @@ class CohortSettings:
     table: Path | None = None
     where: Mapping[str, str] = field(default_factory=dict)
     labels: Path | None = None
+    label_reports: bool = False
+    findings: Path | None = None
     image_size: int = 224
     ct_windows: tuple[tuple[float, float], ...] = ()
     test_fraction: float = 0.2
@@ -58,6 +62,8 @@ class CohortSettings:
             raise CohortSettingsError("expected cohort.reports only with cohort.dicom")
         if self.where and self.table is None:
             raise CohortSettingsError("expected cohort.where only with cohort.table")
+        if self.findings is not None and not self.label_reports:
+            raise CohortSettingsError("expected cohort.findings only with cohort.label_reports")
         if not MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE:
             raise CohortSettingsError(
                 f"expected cohort.image_size={self.image_size} in [{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}]"

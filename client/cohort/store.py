@@ -14,7 +14,7 @@ from client.cohort.errors import StoredCohortError
 from client.cohort.outcomes import Code, State
 from client.cohort.packed_images import IMAGES
 
-VERSION = 2
+VERSION = 3
 INDEX, MANIFEST, QUARANTINE = "index.npz", "cohort.json", "quarantine.csv"
 
 
@@ -31,6 +31,8 @@ class Cohort:
         text_ids: Number of each row's text, int32, shape (N,): equal numbers are equal texts, from 0 in the
             order of their first rows. No tokenizer is chosen here: a text is tokenised once by its number,
             and rows that share one are no negatives of each other.
+        text_keys: N keys of 32 hexadecimal digits, equal for texts that say the same in the same words,
+            whatever their case, punctuation and masks (``client.text.keys.text_key``).
         patients: Patient of each row, 0 to P - 1, int32, shape (N,).
         studies: Study of each row, numbered over all patients, int32, shape (N,).
         is_test: Whether the row's patient is held out, bool, shape (N,).
@@ -39,6 +41,7 @@ class Cohort:
         codes: Inputs per reason or remark.
         unpaired_reports: Reports that no image asked for.
         text_rules: Rows per part of the report that gave their text, see ``client.text.sections.Rule``.
+        masked: What was taken out of the rows' texts, hits by kind, see ``client.text.scrub.Scrubbed``.
         unknown_merges: Patient ids in the table of merges that no image has.
         pipeline: Version of the pipeline, raised with every change of the pixels or texts that come out.
         rules: Hash of everything beside the files that decided on the content: the pipeline's version, the
@@ -49,6 +52,7 @@ class Cohort:
     images: NDArray[np.uint8]
     texts: tuple[str, ...]
     text_ids: NDArray[np.int32]
+    text_keys: tuple[str, ...]
     patients: NDArray[np.int32]
     studies: NDArray[np.int32]
     is_test: NDArray[np.bool_]
@@ -57,6 +61,7 @@ class Cohort:
     codes: Mapping[Code, int]
     unpaired_reports: int
     text_rules: Mapping[str, int]
+    masked: Mapping[str, int]
     unknown_merges: int
     pipeline: int
     rules: str
@@ -100,6 +105,7 @@ def open_cohort(out: Path) -> Cohort:
             images=images,
             texts=_texts(index),
             text_ids=index["text_ids"],
+            text_keys=_text_keys(index),
             patients=index["patients"],
             studies=index["studies"],
             is_test=index["is_test"],
@@ -110,6 +116,7 @@ def open_cohort(out: Path) -> Cohort:
             codes={Code[code]: count for code, count in manifest["codes"].items()},
             unpaired_reports=manifest["unpaired_reports"],
             text_rules=manifest["text_rules"],
+            masked=manifest["masked"],
             unknown_merges=manifest["unknown_merges"],
             pipeline=manifest["pipeline"],
             rules=manifest["rules"],
@@ -142,3 +149,8 @@ def _texts(index: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
     stored = index["texts"].tobytes()
     texts = [stored[start:end].decode() for start, end in zip([0, *distinct[:-1]], distinct, strict=True)]
     return tuple(texts[number] for number in index["text_ids"].tolist())
+
+
+def _text_keys(index: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+    distinct = [key.decode() for key in index["text_keys"].tolist()]
+    return tuple(distinct[number] for number in index["text_ids"].tolist())

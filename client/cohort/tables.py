@@ -43,9 +43,9 @@ class Table:
 
     def column(self, name: str) -> str | None:
         """Return the table's own spelling of ``name``, or None where it has no such column."""
-        spelling = {_plain(column): column for column in reversed(self.columns)}
+        spelling = {plain(column): column for column in reversed(self.columns)}
         names = (name, *ALIASES.get(name, ()))
-        return next((spelling[_plain(other)] for other in names if _plain(other) in spelling), None)
+        return next((spelling[plain(other)] for other in names if plain(other) in spelling), None)
 
     def need(self, name: str) -> str:
         """Return the table's own spelling of ``name``.
@@ -167,7 +167,8 @@ def is_label(cell: str) -> bool:
     return True
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Return a column's name without what its spellings differ in: case, blanks and marks."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

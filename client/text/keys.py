@@ -8,6 +8,7 @@ from client.text.masks import MASK, unify_masks
 
 # What carries meaning though it is no letter: "<5 mm" is not ">5 mm", and a question no statement.
 _DROPPED = re.compile(r"[^\w<>=%?+]+")
+KEY_DIGITS = 32
 _RUN = re.compile(rf"{MASK}(?: {MASK})+")
 
 
@@ -25,4 +26,4 @@ def text_key(text: str) -> str:
     words = _RUN.sub(MASK, _DROPPED.sub(" ", plain).strip())
     if not any(character.isalnum() for character in words.replace(MASK, "")):
         words = ""
-    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=KEY_DIGITS // 2).hexdigest()

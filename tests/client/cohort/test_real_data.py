@@ -45,9 +45,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cohort, Path]:
 def test_used_files_show_the_pixels_they_were_made_from(whole: tuple[Cohort, Path]) -> None:
     cohort, folder = whole
     stretched = {line["path"] for line in quarantine(folder) if line["code"] == Code.W_WINDOW_FALLBACK}
-    used = sorted(row["file"] for row in manifest() if row["expect"].startswith("use"))
-    for file, pixels, text in zip(used, cohort.images, cohort.texts, strict=True):
-        with Image.open(RADIOGRAPHS / text) as image:
+    used = sorted((row["file"], row["row_image"]) for row in manifest() if row["expect"].startswith("use"))
+    for (file, source), pixels in zip(used, cohort.images, strict=True):
+        with Image.open(RADIOGRAPHS / source) as image:
             grey = np.asarray(image.convert("L"), dtype=np.float32) / np.float32(255)
         low, high = np.percentile(grey, (0.5, 99.5)) if file in stretched else (0.0, 1.0)
         shown = np.clip((grey - low) / (high - low), 0, 1).astype(np.float32)

@@ -151,7 +151,7 @@ def test_another_version_is_refused_by_number(tmp_path: Path) -> None:
     write(tmp_path / "cohort")
     manifest = json.loads((tmp_path / "cohort/cohort.json").read_text())
     (tmp_path / "cohort/cohort.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(StoredCohortError, match="has version 0, expected 2"):
+    with pytest.raises(StoredCohortError, match="has version 0, expected 3"):
         open_cohort(tmp_path / "cohort")
     assert stored_fingerprint(tmp_path / "cohort") is None
 
