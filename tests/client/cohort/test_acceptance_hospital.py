@@ -186,7 +186,7 @@ def test_no_canary_is_told_anywhere_but_in_the_cohorts_folder(built: Built, entr
 
 
 def test_no_canary_is_packed(built: Built) -> None:
-    files = (path for path in (built.folder / "cohort").iterdir() if path.name != SCAN)  # which is all headers
+    files = (path for path in (built.folder / "cohort").iterdir() if path.name != SCAN)  # that is headers
     stored = b"".join(path.read_bytes() for path in files)
     assert not [canary for canary in canaries() if canary in stored]
 
