@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from privacy.contributions import Contribution, wide
+from privacy.contributions import Contribution, norms, wide
 from privacy.engine import Batch, PatientLosses, clip_factors, refuse_batch_statistics
 from privacy.errors import UnsoundTraining
 from privacy.interception import Interception
@@ -100,7 +100,7 @@ class BookKeepingEngine:
                 found.append(torch.zeros(patients, dtype=torch.float64))
                 continue
             with _full_precision():
-                found.append(self._norms(raw_contributions).cpu())
+                found.append(norms(raw_contributions.values()).cpu() / self._loss_scale)
         return torch.cat(found)
 
     def _parts(
@@ -150,7 +150,8 @@ class BookKeepingEngine:
         """Add to ``total`` in place. ``raw_contributions`` is emptied on the way, which frees memory."""
         if not raw_contributions:
             return
-        factors = clip_factors(self._norms(raw_contributions), max_grad_norm=max_grad_norm)
+        raw_norms = norms(raw_contributions.values()) / self._loss_scale
+        factors = clip_factors(raw_norms, max_grad_norm=max_grad_norm)
         kept = factors > 0  # zero times a number that is not finite would be none either
         everyone, weights = bool(kept.all()), factors[kept] / self._loss_scale
         for name in list(raw_contributions):
@@ -159,14 +160,6 @@ class BookKeepingEngine:
                 contribution = contribution.only(kept)
             clipped = contribution.weighted_sum(weights)
             total[name] = total[name].add_(clipped) if name in total else clipped
-
-    def _norms(self, raw_contributions: Mapping[str, Contribution]) -> Tensor:
-        squares = torch.stack([each.squared_norms() for each in raw_contributions.values()]).sum(0)
-        odd = ~squares.isfinite()
-        if odd.any():
-            again = [each.only(odd).squared_norms(torch.float64) for each in raw_contributions.values()]
-            squares[odd] = torch.stack(again).sum(0)
-        return squares.sqrt() / self._loss_scale
 
     def _check_isolation(self, trained: Mapping[str, nn.Parameter], batch: Batch) -> None:
         """Once: of two patients, the loss of each alone must give the other no gradient.

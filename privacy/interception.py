@@ -24,22 +24,21 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, root: Tensor, output: Tensor, beside: Tensor | None, keep: Any, fresh: bool
-    ) -> Tensor:
+    def forward(ctx: Any, root: Tensor, output: Tensor, beside: Tensor | None, keep: Any) -> Tensor:
         ctx.save_for_backward(beside)
         ctx.keep = keep
-        if not fresh:
+        if output._is_view():
             return output.view_as(output)
-        ctx.mark_dirty(output)  # the same tensor rather than a view, which could not be changed in place
+        ctx.mark_dirty(output)  # itself rather than a view of it, which could not be changed in place
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (beside,) = ctx.saved_tensors
         gradient = gradients[0].contiguous()  # once, for what is kept and for the operation's own backward
-        ctx.keep(beside, gradient)
-        return None, gradient if ctx.needs_input_grad[1] else None, None, None, None
+        with torch._C.DisableTorchFunction():  # nothing trainable here, and a mode costs time
+            ctx.keep(beside, gradient)
+        return None, gradient if ctx.needs_input_grad[1] else None, None, None
 
 
 class Interception(TorchFunctionMode):
@@ -71,7 +70,7 @@ class Interception(TorchFunctionMode):
         Raises:
             UnsoundTraining: on the way back an operation turns out not to be known.
         """
-        self._keeping = True
+        self.expect_backward()
         with self, torch.autograd.set_multithreading_enabled(False):  # in this thread, where the mode is
             # What `torch.autograd.backward` calls. That function would leave the mode, as any function does
             # that a mode sees, and what checkpointing computes again on the way back would not be seen.
@@ -84,14 +83,23 @@ class Interception(TorchFunctionMode):
                 allow_unreachable=True,
                 accumulate_grad=True,
             )
-        return {name: together(found) for name, found in self._uses.items()}
+        return self.kept()
+
+    def expect_backward(self) -> None:
+        """From now on a backward pass is that of the loss: its gradients are kept."""
+        self._keeping = True
+
+    def kept(self) -> dict[str, Contribution]:
+        """What backward passes kept since the last time, by parameter; unused ones are absent."""
+        uses, self._uses = self._uses, {}
+        return {name: together(found) for name, found in uses.items()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        met = self._met(args) or (self._met(kwargs.values()) if kwargs else None)
-        if met is None or not torch.is_grad_enabled():
+        met = self._met(args) or (kwargs and self._met(kwargs.values()))
+        if not met or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if (known := _KNOWN.get(func)) is not None:
             return known(self, *args, **kwargs)
@@ -109,10 +117,11 @@ class Interception(TorchFunctionMode):
 
     def _met(self, values: Iterable[Any]) -> str | None:
         """The name of a trainable parameter among ``values``."""
+        names = self._names
         for value in values:
-            if (name := self._names.get(id(value))) is not None:
-                return name
-            if type(value) in (list, tuple) and (name := self._met(value)) is not None:
+            if id(value) in names:
+                return names[id(value)]
+            if value.__class__ in _LISTS and (name := self._met(value)) is not None:
                 return name
         return None
 
@@ -121,7 +130,7 @@ class Interception(TorchFunctionMode):
 
     # --- what is kept ---------------------------------------------------------------------------------------
 
-    def _tap(self, output: Tensor, beside: Tensor | None, *makers: Maker, fresh: bool = True) -> Tensor:
+    def _tap(self, output: Tensor, beside: Tensor | None, *makers: Maker) -> Tensor:
         """``output``, with what each of ``makers`` makes of its gradient kept for its parameter."""
         watched = [
             (self._names[id(parameter)], make) for parameter, make in makers if self._is_trained(parameter)
@@ -138,7 +147,7 @@ class Interception(TorchFunctionMode):
 
         if beside is not None:
             beside = beside.detach()
-        tapped: Tensor = _Tap.apply(self._root, output, beside, keep, fresh)  # type: ignore[no-untyped-call]
+        tapped: Tensor = _Tap.apply(self._root, output, beside, keep)  # type: ignore[no-untyped-call]
         return tapped
 
     def _check(self, func: Any, rows: int, *, data: Tensor, weights: Sequence[Tensor | None]) -> None:
@@ -180,14 +189,15 @@ class Interception(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         self._check(F.linear, len(input) if input.ndim > 1 else 1, data=input, weights=(weight, bias))
-        input = _as_autocast(input)
+        places = _as_autocast(input).flatten(0, -2)  # the product of a matrix is no view, which a tap prefers
         d, p = weight.shape[1], weight.shape[0]
-        return self._tap(
-            F.linear(input, weight.detach(), _constant(bias)),
-            input if self._is_trained(weight) else None,
+        output = self._tap(
+            F.linear(places, weight.detach(), _constant(bias)),
+            places if self._is_trained(weight) else None,
             (weight, lambda a, g: product(self._grouped(a, d), self._grouped(g, p), weight.shape)),
             (bias, lambda _, g: self._added(g, g.shape[-1:])),
         )
+        return output.view(*input.shape[:-1], p)
 
     def _convolution(
         self,
@@ -248,7 +258,6 @@ class Interception(TorchFunctionMode):
         self._check(F.embedding, len(input), data=input, weights=(weight,))
 
         def of_weight(ids: Tensor, g: Tensor) -> Contribution:
-            ids, g = ids.flatten(), g.reshape(-1, g.shape[-1])
             owners = torch.arange(self._patients, device=ids.device).repeat_interleave(
                 len(ids) // self._patients
             )
@@ -257,7 +266,9 @@ class Interception(TorchFunctionMode):
                 owners, ids, g = owners[kept], ids[kept], g[kept]
             return Rows.of(owners, ids, g, patients=self._patients, shape=weight.shape)
 
-        return self._tap(F.embedding(input, weight.detach()), input, (weight, of_weight))
+        ids = input.flatten()
+        output = self._tap(F.embedding(ids, weight.detach()), ids, (weight, of_weight))
+        return output.view(*input.shape, weight.shape[1])
 
     def _layer_norm(
         self,
@@ -347,7 +358,7 @@ class Interception(TorchFunctionMode):
             summed = wide(g).sum_to_size(len(g), *aligned[1:])
             return self._added(summed, parameter.shape)
 
-        return self._tap(output, None, (parameter, of_parameter), fresh=False)
+        return self._tap(output, None, (parameter, of_parameter))
 
     def _attention(
         self,
@@ -426,6 +437,7 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
         for func in (torch.conv1d, torch.conv2d, torch.conv3d)
     },
 }
+_LISTS = (list, tuple)
 _IN_PLACE = {Tensor.add_, Tensor.sub_, Tensor.mul_}
 _ELEMENTWISE = {Tensor.add, Tensor.sub, Tensor.mul, torch.add, torch.sub, torch.mul, *_IN_PLACE}
 _EXPANDING = {Tensor.expand, Tensor.expand_as, Tensor.repeat}

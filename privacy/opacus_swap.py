@@ -174,6 +174,7 @@ class RecordedModule(AbstractGradSampleModule):  # type: ignore[misc]
             self._refuse_mixing_module(args, kwargs)
         seen = Interception(self._clipper.trained, patients=max(1, rows))
         seen.rows = rows
+        seen.expect_backward()  # the script's own
         self._passes.append(seen)
         if not rows:
             return self._outputs_of_nobody(args, kwargs)
@@ -190,7 +191,7 @@ class RecordedModule(AbstractGradSampleModule):  # type: ignore[misc]
                 twice; a parameter got a gradient past the recording.
         """
         passes, self._passes = self._passes, []
-        raw_contributions = [found for seen in passes if (found := seen.contributions())]
+        raw_contributions = [found for seen in passes if (found := seen.kept())]
         if len(raw_contributions) > 1 or not passes:
             raise UnsoundTraining(
                 f"expected one forward and backward pass a step, got {len(raw_contributions)}: join the "
@@ -218,7 +219,7 @@ class RecordedModule(AbstractGradSampleModule):  # type: ignore[misc]
             return
         torch.autograd.backward(losses[0], retain_graph=True)
         others = torch.arange(len(losses), device=losses.device) > 0
-        for name, found in self._passes[-1].contributions().items():
+        for name, found in self._passes[-1].kept().items():
             reached = found.only(others).weighted_sum(torch.ones(len(losses) - 1, device=losses.device))
             if reached.nan_to_num(posinf=0, neginf=0).any():
                 raise UnsoundTraining(
