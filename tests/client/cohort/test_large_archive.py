@@ -19,13 +19,19 @@ BUILD = """
 import os, resource, signal, sys
 from pathlib import Path
 import numpy as np
-from client.cohort import CohortSettings, build, build_cohort, dicom_folder, scan_index
+from client.cohort import CohortSettings, build, build_cohort, dicom_folder, packing, scan_index
 from client.cohort.outcomes import Rendered
 from client.cohort.sources import Candidate, Entry
 
-root, killed_at, generated = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-scan_index.SECONDS_BETWEEN_COMMITS = 0.0
+root, killed_at, generated = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+if killed_at:
+    scan_index.SECONDS_BETWEEN_COMMITS, packing._BYTES_BETWEEN_SYNCS = 0.0, 0
 notes = os.open(root / "notes", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+def note(what):
+    os.write(notes, f"{what}\\n".encode())
+    if what == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 def image(path, number, text=None):
     keys = {"accession_number": f"A{number}", "study_instance_uid": f"1.2.{number}"}
@@ -34,12 +40,12 @@ def image(path, number, text=None):
     return Candidate(path=path, patient=f"P{number // 3}", study=study, keys=keys, uid=uid, text=text)
 
 def read_header(path):
-    os.write(notes, f"{path.name}\\n".encode())
-    if int(path.name) == killed_at:
-        os.kill(os.getpid(), signal.SIGKILL)
+    note(f"read-{path.name}")
     return image(path, int(path.name) // 2, "Edema.")  # every second one is a duplicate
 
 def render(path, size, ct_windows=()):
+    if path.parent.name == "in":
+        note(f"rendered-{path.name}")
     pixels = np.full((size, size), int(path.name) % 256, dtype=np.uint8)
     pixels[0] = 0
     return Rendered(pixels)
@@ -49,7 +55,7 @@ class Archive(dicom_folder.DicomFolder):
         yield from super().scan(ordered_map)
         for number in range(10**6, 10**6 + generated):
             text = f"Effusion of {number} ml." if number % 20 == 0 else None
-            yield Entry(f"later/{number}", image(root / "in" / f"{number % 300}", number, text))
+            yield Entry(f"later/{number}", image(root / "later" / f"{number % 300}", number, text))
 
 Archive.render = staticmethod(render)
 dicom_folder.read_header, build.DicomFolder = read_header, Archive
@@ -60,10 +66,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-def run(root: Path, *, killed_at: int = -1, generated: int = 0) -> subprocess.CompletedProcess[str]:
+def run(root: Path, *, killed_at: str = "", generated: int = 0) -> subprocess.CompletedProcess[str]:
     project = str(Path(__file__).parents[3])
     return subprocess.run(
-        [sys.executable, "-c", BUILD, str(root), str(killed_at), str(generated)],
+        [sys.executable, "-c", BUILD, str(root), killed_at, str(generated)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": project},
@@ -72,20 +78,25 @@ def run(root: Path, *, killed_at: int = -1, generated: int = 0) -> subprocess.Co
 
 
 @pytest.mark.slow
-def test_a_killed_scan_goes_on_and_memory_stays_small(tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_and_memory_stays_small(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(REAL):
         (tmp_path / "in" / str(number)).touch()
     names = sorted(str(number) for number in range(REAL))
-    killed = run(tmp_path, killed_at=KILLED_AT)
-    assert killed.returncode == -signal.SIGKILL
+    images = [name for place, name in enumerate(names) if int(name) ^ 1 not in map(int, names[:place])]
+    for killed_at in (f"read-{KILLED_AT}", f"rendered-{images[100]}"):
+        assert run(tmp_path, killed_at=killed_at).returncode == -signal.SIGKILL
     done = run(tmp_path, generated=GENERATED)
     assert done.returncode == 0, done.stderr
-    read = (tmp_path / "notes").read_text().split()
-    at = names.index(str(KILLED_AT))
-    assert read == [*names[: at + 1], *names[at:]]  # the one at which it was killed is read again
+    noted = (tmp_path / "notes").read_text().split()
+    at = names.index(str(KILLED_AT))  # what it was killed at is done again, and nothing else
+    assert noted == [
+        *(f"read-{name}" for name in [*names[: at + 1], *names[at:]]),
+        *(f"rendered-{name}" for name in [*images[:101], *images[100:]]),
+    ]
     cohort = open_cohort(tmp_path / "cohort")
     assert sum(cohort.counts.values()) == REAL + GENERATED
     assert cohort.counts[State.DUPLICATE] == REAL // 2
     assert cohort.counts[State.USED] == REAL // 2 + GENERATED // 20
+    assert cohort.images[: REAL // 2, 1, 1].tolist() == [int(name) % 256 for name in images]
     assert float(done.stdout) < MOST_GROWTH_MB
