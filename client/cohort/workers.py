@@ -40,14 +40,14 @@ class Workers:
     """
 
     def __init__(self, count: int | None, *, items: int, seconds_per_file: float = SECONDS_PER_FILE) -> None:
-        """Use ``count`` processes, or one per core where there are enough ``items`` to pay for them.
+        """Use ``count`` processes, or one per core, two at least, where there are ``items`` to pay for them.
 
         Args:
             count: Processes; None chooses.
             items: How many calls there will be, about.
             seconds_per_file: Wall time after which a call is given up.
         """
-        automatic = len(os.sched_getaffinity(0)) if items >= MIN_ITEMS else 1
+        automatic = max(2, len(os.sched_getaffinity(0))) if items >= MIN_ITEMS else 1
         self._limit = seconds_per_file
         self._processes = _started(automatic if count is None else count)
 
