@@ -150,15 +150,17 @@ class BookKeepingEngine:
         """Add to ``total`` in place. ``raw_contributions`` is emptied on the way, which frees memory."""
         if not raw_contributions:
             return
-        raw_norms = norms(raw_contributions.values()) / self._loss_scale
-        factors = clip_factors(raw_norms, max_grad_norm=max_grad_norm)
+        raw_norms = norms(raw_contributions.values())
+        factors = clip_factors(raw_norms, max_grad_norm=max_grad_norm * self._loss_scale)
         kept = factors > 0  # zero times a number that is not finite would be none either
-        everyone, weights = bool(kept.all()), factors[kept] / self._loss_scale
+        everyone, factors = bool(kept.all()), factors[kept]
         for name in list(raw_contributions):
             contribution = raw_contributions.pop(name)
             if not everyone:
                 contribution = contribution.only(kept)
-            clipped = contribution.weighted_sum(weights)
+            clipped = contribution.weighted_sum(factors)
+            if self._loss_scale != 1:
+                clipped /= self._loss_scale
             total[name] = total[name].add_(clipped) if name in total else clipped
 
     def _check_isolation(self, trained: Mapping[str, nn.Parameter], batch: Batch) -> None:
@@ -190,7 +192,7 @@ def _patients(batch: Batch) -> int:
 
 def _says_something(gradient: Contribution) -> bool:
     """Whether one patient's gradient has finite numbers other than zero."""
-    value = gradient.weighted_sum(torch.ones(1))
+    value = gradient.dense()
     return bool(value.nan_to_num(posinf=0, neginf=0).any())
 
 

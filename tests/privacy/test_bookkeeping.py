@@ -642,6 +642,17 @@ def test_a_patient_who_overflows_in_half_precision_counts_as_zero() -> None:
     assert difference(engine.clipped_sum(batch, max_grad_norm=0.1), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 3.0, 2.0**16])
+def test_no_factor_is_too_small_for_its_loss_scale(loss_scale: float) -> None:
+    module = Wrapped(seeded(nn.Linear(WIDTH, 3)))
+    batch = in_precision(batch_of(WIDTH, patients=1, studies=1), torch.float32)
+    engine = BookKeepingEngine(module, losses, loss_scale=loss_scale)
+    for exponent in range(20, 34):
+        louder = {**batch, "weights": batch["weights"] * 10.0**exponent}
+        for bound in (1e-12, 1e-8, 1e-4, 3.7):
+            assert norm(engine.clipped_sum(louder, max_grad_norm=bound)) <= bound * (1 + 1e-6)
+
+
 def test_sums_of_a_half_precision_module_are_single() -> None:
     module = Wrapped(nn.Sequential(seeded(nn.Linear(WIDTH, 3)), nn.LayerNorm(3))).to(torch.bfloat16)
     batch = in_precision(batch_of(WIDTH, patients=3, studies=2), torch.bfloat16)
