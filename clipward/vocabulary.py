@@ -4,12 +4,13 @@
 """
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
+import pydicom
 from pydicom.datadict import DicomDictionary
 from pydicom.sr._concepts_dict import concepts
-from pydicom.uid import UID_dictionary
 
 import encoders
 from clipward.synthetic import all_wording
@@ -24,7 +25,9 @@ WORDING_WEIGHT = 20
 def public_text() -> list[str]:
     """DICOM names (PS3.6), coded concepts (PS3.16), report wording, prompts."""
     attributes = [entry[2] for entry in DicomDictionary.values()]
-    registered = [entry[0] for entry in UID_dictionary.values()]
+    # As pydicom ships them: libraries imported beside this one add to the dictionary that is in memory.
+    unchanged = runpy.run_path(str(Path(pydicom.__file__).with_name("_uid_dict.py")))
+    registered = [entry[0] for entry in unchanged["UID_dictionary"].values()]
     coded = [
         meaning
         for scheme in concepts.values()

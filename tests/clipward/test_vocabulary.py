@@ -1,6 +1,7 @@
 """The shipped vocabulary is what its recipe makes, from public text alone."""
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -29,6 +30,12 @@ def test_it_is_the_same_in_another_process() -> None:
     )
     ours = json.dumps(make(), sort_keys=True).encode()
     assert hashlib.sha256(other.stdout.strip()).digest() == hashlib.sha256(ours).digest()
+
+
+def test_libraries_that_register_uids_of_their_own_change_nothing() -> None:
+    before = public_text()
+    importlib.import_module("pynetdicom")
+    assert public_text() == before
 
 
 def test_it_keeps_to_its_size_and_numbers_every_entry_once() -> None:
