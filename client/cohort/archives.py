@@ -31,7 +31,7 @@ def expanded(path: Path) -> Iterator[Path]:
         return
     try:
         members = _archive(path, *_state(path)).members
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
+    except Exception:  # zipfile raises any type on a damaged directory
         yield path
         return
     yield from members
@@ -100,11 +100,13 @@ class _Archive:
 
     def __init__(self, path: Path) -> None:
         self.file = zipfile.ZipFile(path)
-        files = (info for info in self.file.infolist() if not info.is_dir())
-        # Never joined: a member may be called "/etc/passwd".
-        self.members: Mapping[Path, zipfile.ZipInfo] = {
-            Path(f"{path}{_MARK}{info.filename}"): info for info in files
-        }
+        files = (info for info in self.file.infolist() if not info.filename.endswith("/"))
+        self.members: Mapping[Path, zipfile.ZipInfo] = {_path(path, info.filename): info for info in files}
+
+
+def _path(archive: Path, name: str) -> Path:
+    path = Path(f"{archive}{_MARK}{name}")  # never joined: a member may be called "/etc/passwd"
+    return path if path.parent != archive.parent else path / "_"  # or "", or "."
 
 
 @lru_cache(maxsize=2)
@@ -122,7 +124,7 @@ def _member(archive: Path, path: Path) -> tuple[zipfile.ZipFile, zipfile.ZipInfo
     try:
         found = _archive(archive, *_state(archive))
         return found.file, found.members[path]
-    except (KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile raises any type on a damaged directory
         raise FileNotFoundError("the zip has changed") from error
 
 
