@@ -80,7 +80,7 @@ def save(
     temporary.rename(target)
     sync(folder)
     for _, old in list(_newest_first(folder))[keep:]:
-        shutil.rmtree(old)
+        old.rename(tempfile.mkdtemp(dir=folder, prefix=_TEMPORARY))  # in one move: half removed it were torn
     _remove_temporaries(folder)
     return target
 

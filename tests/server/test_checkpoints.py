@@ -217,3 +217,20 @@ def test_temporaries_of_a_crash_are_removed_and_foreign_files_stay(tmp_path: Pat
     (folder / "round-notes.txt").touch()
     save(tmp_path, 1, ARRAYS, {})
     assert rounds(tmp_path) == ["round-0001", "round-notes.txt"]
+
+
+def test_a_crash_while_an_old_checkpoint_is_removed_leaves_none_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for server_round in range(3):
+        save(tmp_path, server_round, ARRAYS, {})
+
+    def half(path: Path) -> None:
+        (Path(path) / "arrays.safetensors").unlink()
+        raise InterruptedError
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(InterruptedError):
+        save(tmp_path, 3, ARRAYS, {})
+    left = [checkpoints._load(path, int(path.name[6:])) for path in tmp_path.glob("checkpoints/round-*")]
+    assert sorted(one.server_round for one in left) == [1, 2, 3]
