@@ -88,7 +88,7 @@ class Workers:
                     yield from flying.popleft().results
                 if flying:
                     self._listen()
-                elif not fresh:
+                elif room and not fresh:  # without room nobody has asked whether there is more
                     return
         finally:  # the caller may not want the rest, or a call has raised
             for process in self._processes:

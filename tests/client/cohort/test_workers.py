@@ -58,6 +58,13 @@ def test_a_slow_reader_of_the_results_is_not_an_item_that_hangs() -> None:
     assert results == list(range(4 * CHUNK))
 
 
+def test_no_item_is_lost_when_the_first_is_the_last_to_be_done() -> None:
+    """All that is in flight is then done at once, with more to come."""
+    items = range(2 * CHUNKS_PER_PROCESS * CHUNK + 3 * CHUNK)
+    with Workers(2, items=len(items)) as pool:
+        assert list(pool.map(slow_at_zero, items)) == list(items)
+
+
 def test_items_are_read_only_a_few_chunks_ahead() -> None:
     taken = []
 
@@ -102,6 +109,12 @@ def test_chunks_hold_every_item_once() -> None:
 def segfault_on_some(item: int) -> int:
     if item in _BAD:
         os.kill(os.getpid(), signal.SIGSEGV)
+    return item
+
+
+def slow_at_zero(item: int) -> int:
+    if item == 0:
+        time.sleep(1.5)
     return item
 
 
