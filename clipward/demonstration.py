@@ -25,7 +25,7 @@ def settings(folder: Path) -> Federation:
     public, simulation = federation.public_start, federation.simulation
     if public is None or simulation is None:
         raise ValueError("configs/demo.toml needs [public-start] and [simulation]")
-    own = {"dicom": folder / "public" / "dicom", "reports": folder / "public" / "reports.csv"}
+    own = {"dicom": folder / "public" / "dicom", "reports": (folder / "public" / "reports.csv",)}
     return federation.model_copy(
         update={
             "public_start": public.model_copy(update=own),
