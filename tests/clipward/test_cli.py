@@ -16,6 +16,7 @@ import tomli_w
 from click.testing import Result
 from typer.testing import CliRunner
 
+from client.reports.settings import ReportSettings
 from client.site import Site
 from clipward import demonstration, simulate
 from clipward.cli import app
@@ -352,3 +353,9 @@ def test_hospitals_of_other_parameters_are_not_overwritten(root: Path) -> None:
 def test_a_disk_that_cannot_be_written(root: Path) -> None:
     Path("runs").write_text("a file where the folder of all runs should be")
     assert "runs" in refused("simulate", "federation.toml")
+
+
+def test_the_demos_settings_name_their_data_as_a_federation_file_does(tmp_path: Path) -> None:
+    public = demonstration.settings(tmp_path).public_start
+    assert public is not None
+    assert ReportSettings.of(public, Path()).tables == [tmp_path / "public" / "reports.csv"]
