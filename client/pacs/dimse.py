@@ -151,6 +151,8 @@ class Dimse:
             tls_args=(self._client_tls, table.host) if self._client_tls else None,
         )
         if not association.is_established:
+            if association.dul.socket is not None:
+                association.dul.socket.close()  # left open where the greeting was broken off
             raise self._not_associated(association)
         try:
             yield association
