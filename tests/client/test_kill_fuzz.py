@@ -72,6 +72,7 @@ class Life:
             self.say(request=reservation.request.request_digest, release=output_digest)
             released(ledger, reserve(ledger, reservation.request), output_digest=output_digest)
         Ledger.released = late
+        Ledger.abandoned = lambda *args, **kwargs: None  # there is no row yet that could say so
 
     def train(self, *args, **kwargs):
         if self.random.random() < 0.1:
@@ -279,5 +280,6 @@ def test_killed_anywhere_a_site_never_under_counts_nor_answers_twice(fuzz: Fuzz)
     ],
 )
 def test_the_fuzz_finds_a_site_that_does_it_in_the_wrong_order(fuzz: Fuzz, variant: str, fault: str) -> None:
-    found = (one for faults in fuzz.kills(120, variant=variant, seed=5) for one in faults)
+    # Where the clock kills is luck: there are many tries, and the first find ends them.
+    found = (one for faults in fuzz.kills(2_000, variant=variant, seed=5) for one in faults)
     assert any(fault in one for one in found)
