@@ -21,8 +21,8 @@ class HooksEngine:
     """Per-row gradients of each layer by Opacus, the rows of a patient summed before clipping.
 
     The module must take rows first in every layer, as Opacus does. What Opacus would get wrong in silence is
-    checked: rows must add up to autograd's gradient, and on the first batch of two patients or more, patient
-    0's loss alone must leave all other rows at zero.
+    checked: rows must add up to autograd's gradient, and on the first batch of two patients or more, the loss
+    of the first and of the last alone must leave all other rows at zero.
 
     Source:
         Yousefpour et al. (2021), arXiv:2109.12298, section 3.
@@ -77,13 +77,20 @@ class HooksEngine:
         return total
 
     def _refuse_mixed_rows(self, records: Batch) -> None:
-        for name, value in self._raw_gradients(records, patient=0).items():
-            if torch.nan_to_num(value[1:]).any():
-                raise UnsoundTraining(
-                    f"parameter {name!r}: the loss of one patient has gradient in the rows of others; use a "
-                    "loss that decomposes over patients, and layers that take the rows first"
-                )
-        self._rows_known_apart = True
+        """From both ends: a patient in whose rows all gradients land shows nothing by their own loss."""
+        last = len(next(iter(records.values()))) - 1
+        own_seen = []
+        for patient in (0, last):
+            own = torch.arange(last + 1) == patient
+            raw_gradients = self._raw_gradients(records, patient=patient)
+            for name, value in raw_gradients.items():
+                if _says_something(value[~own]):
+                    raise UnsoundTraining(
+                        f"parameter {name!r}: the loss of one patient has gradient in the rows of others; "
+                        "use a loss that decomposes over patients, and layers that take the rows first"
+                    )
+            own_seen.append(any(_says_something(value[own]) for value in raw_gradients.values()))
+        self._rows_known_apart = all(own_seen)
 
     def _raw_gradients(self, records: Batch, *, patient: int | None = None) -> dict[str, Tensor]:
         """Of each patient's loss, or of one patient's alone: rows (P, ...) by parameter name."""
@@ -117,6 +124,11 @@ class HooksEngine:
             }
         finally:
             hooked.cleanup()  # the hooks are a reference cycle, and would keep the gradients with them
+
+
+def _says_something(gradients: Tensor) -> bool:
+    """Whether there are finite numbers other than zero."""
+    return bool(gradients.nan_to_num(posinf=0, neginf=0).any())
 
 
 def repaired_copy(module: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -204,12 +204,14 @@ class RecordedModule(AbstractGradSampleModule):  # type: ignore[misc]
             )
         return self._clipper.clipped(*raw_contributions, max_grad_norm=max_grad_norm)
 
-    def score(self, losses: Tensor, alone: Callable[[], Tensor]) -> None:
-        """Take ``losses`` as the latest forward pass's; the first time, refuse rows that see each other.
+    def score(self, losses: Tensor, alone: Callable[[int], Tensor]) -> None:
+        """Take ``losses`` as the latest forward pass's; until all is seen, refuse rows that see each other.
+
+        Looked at are the first and the last row: each by itself may be the one that all gradients land in.
 
         Args:
             losses: With its graph, shape (rows,).
-            alone: Computes the first row's loss without the others, shape (1,).
+            alone: Computes the loss of one row without the others, shape (1,).
 
         Raises:
             UnsoundTraining: a row's loss has a gradient in another row, or changes when others leave.
@@ -217,24 +219,29 @@ class RecordedModule(AbstractGradSampleModule):  # type: ignore[misc]
         self._scored = self._passes[-1]
         if self._probed or not losses.requires_grad or len(losses) < 2:
             return
-        torch.autograd.backward(losses[0], retain_graph=True)
-        others = torch.arange(len(losses), device=losses.device) > 0
-        for name, found in self._passes[-1].kept().items():
-            reached = found.only(others).weighted_sum(torch.ones(len(losses) - 1, device=losses.device))
-            if reached.nan_to_num(posinf=0, neginf=0).any():
+        own_seen = [self._refuse_reaching_row(losses, row) for row in (0, len(losses) - 1)]
+        self._refuse_bypass()
+        with torch.no_grad():
+            if not all(_alike(losses[row][None], alone(row)) for row in (0, len(losses) - 1)):
+                raise UnsoundTraining(
+                    "the loss of a row changed when other rows left the batch: detached in-batch negatives, "
+                    "or a mean over the batch, couple rows; use a loss that decomposes over rows"
+                )
+        self._probed = all(own_seen)
+
+    def _refuse_reaching_row(self, losses: Tensor, row: int) -> bool:
+        """Refuse a gradient of the row's loss in other rows; whether it has one in its own."""
+        torch.autograd.backward(losses[row], retain_graph=True)
+        own = torch.arange(len(losses), device=losses.device) == row
+        found = self._passes[-1].kept()
+        for name, contribution in found.items():
+            if _reaches(contribution, ~own):
                 raise UnsoundTraining(
                     f"the loss of one row gives other rows a gradient in {name!r}: in-batch negatives, as "
                     "of InfoNCE, couple rows, so no epsilon can be claimed; use a loss that decomposes over "
                     "rows (public anchors), and layers that take the rows first"
                 )
-        self._refuse_bypass()
-        with torch.no_grad():
-            if not _alike(losses[:1], alone()):
-                raise UnsoundTraining(
-                    "the loss of a row changed when other rows left the batch: detached in-batch negatives, "
-                    "or a mean over the batch, couple rows; use a loss that decomposes over rows"
-                )
-        self._probed = True
+        return any(_reaches(contribution, own) for contribution in found.values())
 
     def _refuse_bypass(self) -> None:
         for name, value in self._clipper.trained.items():
@@ -258,11 +265,17 @@ class RecordedModule(AbstractGradSampleModule):  # type: ignore[misc]
 
     @torch.no_grad()
     def _refuse_mixing_module(self, args: Any, kwargs: Any) -> None:
-        two, one = (_first_rows((args, kwargs), kept=kept) for kept in (2, 1))
+        def outputs(rows: slice) -> list[Any]:
+            own, named = _rows_of((args, kwargs), rows)
+            return pytree.tree_leaves(self._module(*own, **named))
+
+        first, second = slice(0, 1), slice(1, 2)
         with _evaluating(self._module):
-            together, alone = (self._module(*own, **named) for own, named in (two, one))
-        for whole, single in zip(pytree.tree_leaves(together), pytree.tree_leaves(alone), strict=True):
-            if isinstance(whole, Tensor) and len(whole) == 2 and not _alike(whole[:1], single):
+            together, *alone = (outputs(rows) for rows in (slice(2), first, second))
+        for whole, *singles in zip(together, *alone, strict=True):
+            if not isinstance(whole, Tensor) or whole.shape[:1] != (2,):
+                continue
+            if not all(map(_alike, (whole[first], whole[second]), singles)):
                 raise UnsoundTraining(
                     "the module's outputs for a row changed when another row left the batch: it mixes rows; "
                     "use GroupNorm or LayerNorm"
@@ -308,7 +321,11 @@ class RowLosses:
                     f"expected a loss for each of the {rows} rows, got shape {tuple(losses.shape)}: let the "
                     "criterion return one a row, and keep the rows on the first axis"
                 )
-            self._module.score(losses, lambda: self._losses(*_first_rows((args, kwargs), kept=1, of=rows)))
+
+            def alone(row: int) -> Tensor:
+                return self._losses(*_rows_of((args, kwargs), slice(row, row + 1), of=rows))
+
+            self._module.score(losses, alone)
         reduced: Tensor = _Reduced.apply(losses, self.reduction)  # type: ignore[no-untyped-call]
         return reduced
 
@@ -359,13 +376,20 @@ def _made_up_row(value: Tensor) -> Tensor:
     return value.new_zeros(1, *value.shape[1:])
 
 
-def _first_rows(tree: Any, *, kept: int, of: int | None = None) -> Any:
-    """The first ``kept`` rows of all tensors, or of those that have ``of`` rows."""
+def _rows_of(tree: Any, rows: slice, *, of: int | None = None) -> Any:
+    """``rows`` of all tensors, or of those that have ``of`` rows."""
 
-    def first(value: Tensor) -> Tensor:
-        return value[:kept] if value.ndim and of in (None, len(value)) else value
+    def picked(value: Tensor) -> Tensor:
+        return value[rows] if value.ndim and of in (None, len(value)) else value
 
-    return pytree.tree_map_only(Tensor, first, tree)
+    return pytree.tree_map_only(Tensor, picked, tree)
+
+
+def _reaches(found: Contribution, rows: Tensor) -> bool:
+    """Whether ``rows``, a mask, have a gradient; one that is not finite would count as zero."""
+    counted = rows & found.squared_norms().isfinite()
+    ones = torch.ones(int(counted.sum()), device=rows.device)
+    return bool(found.only(counted).weighted_sum(ones).any())
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:

@@ -848,7 +848,11 @@ REFUSED: dict[str, tuple[Callable[[nn.Parameter, Tensor], Any], str]] = {
     "expanded without rows": (lambda w, x: x + w.expand(1, -1), r"meets 1 rows in torch\.Tensor\.expand"),
     "expanded over rows": (
         lambda w, x: x[:, :1] * w.expand(len(x), len(x), -1)[0],
-        r"one patient's loss gives another patient a gradient|meets|is used by",
+        r"one patient's loss gives another patient a gradient in 'body\.weight'",
+    ),
+    "expanded over rows, of which the last is used": (
+        lambda w, x: x[:, :1] * w.expand(len(x), len(x), -1)[-1],
+        r"one patient's loss gives another patient a gradient in 'body\.weight'",
     ),
     "one row for all": (
         lambda w, x: F.layer_norm(x.mean(0, keepdim=True), (WIDTH,), w),

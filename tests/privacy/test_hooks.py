@@ -56,6 +56,19 @@ class TokensFirst(nn.Module):
         return outputs
 
 
+class AllInOneRow(nn.Module):
+    """Gives its layer a copy of the batch for each row, and takes one copy: all gradients land in its row."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self._row = row
+
+    def forward(self, rows: Tensor) -> Tensor:
+        outputs: Tensor = self.linear(rows.expand(len(rows), *rows.shape))[self._row]
+        return outputs
+
+
 class Positions(nn.Module):
     """Position ids (L,), which no axis of says what the rows are."""
 
@@ -257,6 +270,27 @@ def test_a_loss_that_couples_patients_is_refused() -> None:
     engine = HooksEngine(Toy(nn.Linear(TOKENS * WIDTH, WIDTH)), coupled)
     with pytest.raises(UnsoundTraining, match="the loss of one patient has gradient in the rows of others"):
         engine.clipped_sum(toy_batch(4), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("patients", [2, 5])
+@pytest.mark.parametrize("row", [0, -1])
+def test_gradients_that_all_land_in_one_patients_row_are_refused(row: int, patients: int) -> None:
+    engine = HooksEngine(Toy(AllInOneRow(row)), toy_losses)
+    for _ in range(2):  # it does not get used to it
+        with pytest.raises(
+            UnsoundTraining, match=r"'layer\.linear\.\w+': the loss of one patient has gradient"
+        ):
+            engine.clipped_sum(toy_batch(patients), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("silent", [0, -1])
+def test_patients_are_looked_at_until_both_ends_have_a_gradient(silent: int) -> None:
+    engine = HooksEngine(Toy(AllInOneRow(silent)), toy_losses)
+    batch = toy_batch(3)
+    batch["weights"][torch.arange(3) != silent % 3] = 0.0  # nothing reaches the row but its own loss
+    engine.clipped_sum(batch, max_grad_norm=1.0)
+    with pytest.raises(UnsoundTraining, match="the loss of one patient has gradient in the rows of others"):
+        engine.clipped_sum(toy_batch(3), max_grad_norm=1.0)
 
 
 def test_calls_of_different_numbers_of_rows_are_refused() -> None:

@@ -211,6 +211,18 @@ def detached_negatives(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs @ outputs.detach().T, torch.arange(len(outputs)), reduction="none")
 
 
+def earlier_rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.cumsum(0), targets, reduction="none")
+
+
+def detached_earlier_rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs + outputs.detach().cumsum(0), targets, reduction="none")
+
+
+def detached_later_rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs + outputs.detach().flip(0).cumsum(0).flip(0), targets, reduction="none")
+
+
 def divided_by_the_batch(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none") / len(outputs)
 
@@ -220,10 +232,21 @@ def divided_by_the_batch(outputs: Tensor, targets: Tensor) -> Tensor:
     [
         (infonce, r"gives other rows a gradient in '2\.weight': in-batch negatives"),
         (detached_negatives, "changed when other rows left the batch"),
+        (earlier_rows, r"gives other rows a gradient in '2\.weight'"),
+        (detached_earlier_rows, "the loss of a row changed when other rows left"),
+        (detached_later_rows, "the loss of a row changed when other rows left"),
         (divided_by_the_batch, "changed when other rows left the batch"),
         (lambda outputs, targets: F.cross_entropy(outputs, targets), r"each of the 8 rows, got shape \(\)"),
     ],
-    ids=["infonce", "detached negatives", "divided by the batch", "a mean"],
+    ids=[
+        "infonce",
+        "detached negatives",
+        "earlier rows",
+        "detached earlier rows",
+        "detached later rows",
+        "divided by the batch",
+        "a mean",
+    ],
 )
 def test_a_loss_that_couples_rows_is_refused_at_the_first_step(criterion: Any, text: str) -> None:
     with pytest.raises(UnsoundTraining, match=text):
@@ -236,9 +259,73 @@ class Centred(nn.Linear):
         return outputs - outputs.detach().mean(0)
 
 
-def test_a_module_that_mixes_rows_is_refused() -> None:
+class Cumulated(nn.Linear):
+    def __init__(self, *, backwards: bool) -> None:
+        super().__init__(WIDTH, CLASSES)
+        self._backwards = backwards
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = super().forward(inputs)
+        seen = outputs.detach().flip(0).cumsum(0).flip(0) if self._backwards else outputs.detach().cumsum(0)
+        return outputs + seen
+
+
+class AllInOneRow(nn.Module):
+    """Each row is scaled alike, but by copies of the scale that are all counted as one row's."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self._row = row
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = len(inputs)
+        return (inputs * self.scale.expand(rows, rows, -1)[self._row])[:, :CLASSES]
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_gradients_that_all_land_in_one_row_are_refused(row: int) -> None:
+    with pytest.raises(UnsoundTraining, match="the loss of one row gives other rows a gradient in 'scale'"):
+        gradient_of(private(AllInOneRow(row)))
+
+
+@pytest.mark.parametrize("silent", [0, -1])
+def test_rows_are_looked_at_until_both_ends_have_a_gradient(silent: int) -> None:
+    model, optimizer, criterion, _ = script = private(AllInOneRow(silent))
+    inputs, targets = data()
+    ignored = torch.where(torch.arange(ROWS) == silent % ROWS, targets, criterion._criterion.ignore_index)
+    criterion(model(inputs), ignored).backward()  # nothing reaches the row but its own loss
+    optimizer.step()
+    with pytest.raises(UnsoundTraining, match="the loss of one row gives other rows a gradient in 'scale'"):
+        gradient_of(script)
+
+
+def test_a_row_that_is_not_finite_hides_no_coupling() -> None:
+    couple = torch.ones(ROWS, ROWS).tril()
+    couple[:, 2] = 0.0
+
+    def earlier_but_one(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(couple @ outputs.nan_to_num(), targets, reduction="none")
+
+    module = nn.Linear(WIDTH, CLASSES, bias=False)  # a bias does not meet the input that is not finite
+    model, _, criterion, _ = private(module, earlier_but_one)
+    inputs, targets = data()
+    inputs[2] = torch.nan
+    with pytest.raises(UnsoundTraining, match="gives other rows a gradient"):
+        criterion(model(inputs), targets)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Centred(WIDTH, CLASSES), Cumulated(backwards=False), Cumulated(backwards=True)],
+    ids=["centred", "earlier rows", "later rows"],
+)
+def test_a_module_that_mixes_rows_is_refused(module: nn.Module) -> None:
     with pytest.raises(UnsoundTraining, match="the module's outputs for a row changed"):
-        gradient_of(private(Centred(WIDTH, CLASSES)))
+        gradient_of(private(module))
+
+
+def test_batch_statistics_are_refused() -> None:
     with pytest.raises(UnsoundTraining, match=r"is BatchNorm1d: .* GroupNorm or LayerNorm"):
         private(nn.Sequential(nn.Linear(WIDTH, CLASSES), nn.BatchNorm1d(CLASSES)))
 
