@@ -15,7 +15,7 @@ from client.own_code import code_digest
 from client.site import SITE_FILE, Site
 from privacy.accounting import noise_multiplier_for
 from privacy.errors import NoiseOutOfRange
-from privacy.mechanism import AnchoredDpSgd, Mechanism, MicrobatchDpSgd
+from privacy.mechanism import MECHANISMS, Mechanism
 from strategies.messages import (
     RefusalCode,
     Release,
@@ -24,10 +24,6 @@ from strategies.messages import (
     bytes_of,
 )
 
-# Objectives whose sensitivity a mechanism knows.
-CLAIMABLE: dict[str, type[AnchoredDpSgd] | type[MicrobatchDpSgd]] = {
-    mechanism.kind: mechanism for mechanism in (AnchoredDpSgd, MicrobatchDpSgd)
-}
 Rules = dict[str, tuple[bool, str]]
 
 
@@ -117,7 +113,7 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
     private = plan.privacy == "dp"
     return {
         "in-batch negatives couple patients: no epsilon can be claimed; use the anchored objective": (
-            private and plan.objective not in CLAIMABLE
+            private and plan.objective not in MECHANISMS
         ),
         "without privacy only the infonce objective is trained": (
             not private and plan.objective != "infonce"
@@ -190,7 +186,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     least = policy.min_noise_multiplier
     reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
     _apply({"min-noise-multiplier": (noise_multiplier < least, reason)})
-    return CLAIMABLE[plan.objective](
+    return MECHANISMS[plan.objective](
         max_grad_norm=plan.max_grad_norm,
         noise_multiplier=noise_multiplier,
         sample_rate=sample_rate,

@@ -6,13 +6,15 @@ tests.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from privacy.accounting import PoissonGaussian
 from privacy.errors import UnsoundTraining
 from privacy.noise import GaussianNoise
+
+Kind = Literal["anchored", "microbatch"]
 
 # Far beyond any useful bound, far within what float32 resolves: outside, a coordinator could ask for noise
 # that rounds to nothing or to infinity.
@@ -178,3 +180,9 @@ class MicrobatchDpSgd(_DpSgd):
 
     kind: ClassVar[str] = "microbatch"
     bounds_moved: ClassVar[int] = 2
+
+
+# By kind, which is also the name of the objective whose sensitivity it knows: no other claims an epsilon.
+MECHANISMS: dict[str, type[AnchoredDpSgd | MicrobatchDpSgd]] = {
+    mechanism.kind: mechanism for mechanism in (AnchoredDpSgd, MicrobatchDpSgd)
+}

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
@@ -18,13 +17,7 @@ from privacy.accounting import (
     renyi_epsilons,
 )
 from privacy.errors import ImpossiblePlan, NoiseOutOfRange
-from privacy.mechanism import AnchoredDpSgd, MicrobatchDpSgd
-
-Kind = Literal["anchored", "microbatch"]
-_MECHANISMS: dict[Kind, type[AnchoredDpSgd | MicrobatchDpSgd]] = {
-    "anchored": AnchoredDpSgd,
-    "microbatch": MicrobatchDpSgd,
-}
+from privacy.mechanism import MECHANISMS, AnchoredDpSgd, Kind, MicrobatchDpSgd
 
 # Past these a plan is told what to reconsider. Rules of thumb, all of them.
 WEAK_EPSILON = 8.0
@@ -92,8 +85,8 @@ class Plan:
             if value is not None and not value >= 1:
                 raise ImpossiblePlan(f"expected {name}={value} >= 1")
         _check_batch(self.batch, self.patients_declared)
-        if self.mechanism not in _MECHANISMS:
-            raise ImpossiblePlan(f"expected mechanism={self.mechanism!r} to be one of {list(_MECHANISMS)}")
+        if self.mechanism not in MECHANISMS:
+            raise ImpossiblePlan(f"expected mechanism={self.mechanism!r} to be one of {list(MECHANISMS)}")
         if self.mechanism == "anchored" and self.groups is not None:
             raise ImpossiblePlan(f"groups={self.groups} belongs to mechanism='microbatch': leave it out")
         try:
@@ -103,7 +96,7 @@ class Plan:
 
     @property
     def _dp_sgd(self) -> AnchoredDpSgd | MicrobatchDpSgd:
-        return _MECHANISMS[self.mechanism](
+        return MECHANISMS[self.mechanism](
             max_grad_norm=self.max_grad_norm,
             noise_multiplier=self.noise_multiplier,
             sample_rate=self.sample_rate,
@@ -141,17 +134,17 @@ class Plan:
         return renyi_epsilons([self._dp_sgd.event], delta=self.delta)
 
     @property
-    def epsilon_by_mechanism(self) -> dict[Kind, float]:
+    def epsilon_by_mechanism(self) -> dict[str, float]:
         """What each mechanism would cost if it added this plan's ``noise_std``.
 
         The plan's own is its epsilon. Reading one off for the other is the mistake of taking 2C for C.
         """
-        return {kind: self._epsilon_at_this_noise(kind) for kind in _MECHANISMS}
+        return {kind: self._epsilon_at_this_noise(kind) for kind in MECHANISMS}
 
-    def _epsilon_at_this_noise(self, kind: Kind) -> float:
+    def _epsilon_at_this_noise(self, kind: str) -> float:
         if kind == self.mechanism:
             return self.epsilon
-        halved_or_doubled = _MECHANISMS[self.mechanism].bounds_moved / _MECHANISMS[kind].bounds_moved
+        halved_or_doubled = MECHANISMS[self.mechanism].bounds_moved / MECHANISMS[kind].bounds_moved
         event = PoissonGaussian(
             sample_rate=self.sample_rate,
             noise_multiplier=self.noise_multiplier * halved_or_doubled,

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from privacy.accounting import PoissonGaussian
 from privacy.errors import UnsoundTraining
-from privacy.mechanism import AnchoredDpSgd, Mechanism, MicrobatchDpSgd, Released
+from privacy.mechanism import MECHANISMS, AnchoredDpSgd, Kind, Mechanism, MicrobatchDpSgd, Released
 from privacy.noise import GaussianNoise
 
 COUNT = 20_000
@@ -138,3 +138,8 @@ def test_at_the_edges_of_the_range_the_noise_still_has_its_scale(bound: float) -
 def test_what_the_accountant_cannot_account_is_refused_when_built(wrong: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         mechanism(**wrong)
+
+
+def test_every_kind_has_one_mechanism_of_that_name() -> None:
+    assert list(MECHANISMS) == list(get_args(Kind))
+    assert {"anchored": AnchoredDpSgd, "microbatch": MicrobatchDpSgd} == MECHANISMS

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import privacy.accounting as accounting
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.errors import ImpossiblePlan, NoiseOutOfRange
-from privacy.planning import DROWNED, Kind, Plan, make_plan
+from privacy.mechanism import Kind
+from privacy.planning import DROWNED, Plan, make_plan
 
 
 def forward(**changes: Any) -> Plan:
