@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, KILLS, KILLS_PER_SITE = 100, 208, 26
+STATES = 5  # that a kill can leave a site in: see `states`
+MOST_KILLS = 2_000  # what the clock hits is luck: a test that waits for something ends with it, long before
 # Importing torch and computing the noise take seconds, so one process does both and forks each life off. A
 # life asks its site for one round after the other, and notes durably what an outsider would have seen. It
 # dies by its own hand at the n-th line that it had not run before, or is killed by the clock, in C code too.
@@ -265,11 +267,11 @@ def states(root: Path) -> Counter[str]:
 
 def test_killed_anywhere_a_site_never_under_counts_nor_answers_twice(fuzz: Fuzz) -> None:
     fuzz.found.clear()
-    for kill, found in enumerate(fuzz.kills(KILLS, variant="sound", seed=5), start=1):
+    for kill, found in enumerate(fuzz.kills(MOST_KILLS, variant="sound", seed=5), start=1):
         assert found == [], f"after kill {kill}"
-    assert kill == KILLS
-    assert all(fuzz.found.values()), fuzz.found
-    assert len(fuzz.found) == 5
+        if kill >= KILLS and len(fuzz.found) == STATES:
+            return
+    pytest.fail(f"{MOST_KILLS} kills came in the middle of this alone: {fuzz.found}")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +282,5 @@ def test_killed_anywhere_a_site_never_under_counts_nor_answers_twice(fuzz: Fuzz)
     ],
 )
 def test_the_fuzz_finds_a_site_that_does_it_in_the_wrong_order(fuzz: Fuzz, variant: str, fault: str) -> None:
-    # Where the clock kills is luck: there are many tries, and the first find ends them.
-    found = (one for faults in fuzz.kills(2_000, variant=variant, seed=5) for one in faults)
+    found = (one for faults in fuzz.kills(MOST_KILLS, variant=variant, seed=5) for one in faults)
     assert any(fault in one for one in found)
