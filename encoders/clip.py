@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, CL
 
 from encoders.errors import EncoderError
 from encoders.preprocessing import Preprocessing
-from encoders.tokenizer import TextTokenizer
+from encoders.tokenizer import TextTokenizer, entries_of
 
 DESCRIPTION_VERSION = 1
 EMBED_ROWS = 128
+IDENTITY_FILE = "clipward.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +120,15 @@ class ClipEncoder:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         CLIPProcessor(
-            image_processor=self.preprocessing.processor(), tokenizer=self.tokenizer.hugging_face
+            image_processor=self.preprocessing.processor(), tokenizer=self.tokenizer.processor()
         ).save_pretrained(folder)
         identity = {
             "version": DESCRIPTION_VERSION,
             "tokenizer": self.tokenizer.digest,
             "preprocessing": self.preprocessing.digest,
+            "prompt_tokens": self.tokenizer.prompt_tokens,
         }
-        (folder / "clipward.json").write_text(json.dumps(identity, indent=2) + "\n")
+        (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n")
 
 
 def image_features(model: CLIPModel, preprocessing: Preprocessing, resized: Tensor) -> Tensor:
@@ -192,16 +194,26 @@ def load(folder: Path) -> ClipEncoder:
     )
     if missing := sorted(loading["missing_keys"]):
         raise EncoderError(f"{folder} lacks {len(missing)} weights of its model, first {missing[0]}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if not isinstance(tokenizer, CLIPTokenizer):
-        raise EncoderError(f"{folder}: expected a CLIP tokenizer, got {type(tokenizer).__name__}")
     loaded = ClipEncoder(
         model=model.to(torch.float32).eval(),
-        tokenizer=TextTokenizer(tokenizer, max_tokens=model.config.text_config.max_position_embeddings),
+        tokenizer=_saved_tokenizer(folder, max_tokens=model.config.text_config.max_position_embeddings),
         preprocessing=_saved_preprocessing(folder),
     )
     _check_parts_fit(loaded, folder)
     return loaded
+
+
+def _saved_tokenizer(folder: Path, *, max_tokens: int) -> TextTokenizer:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    identity = folder / IDENTITY_FILE
+    prompts = json.loads(identity.read_text()).get("prompt_tokens", 0) if identity.is_file() else 0
+    if prompts:  # an export of `export`, whose tokenizer class is a general one
+        return TextTokenizer.parse(
+            {**entries_of(tokenizer), "max_tokens": max_tokens, "prompt_tokens": prompts}
+        )
+    if not isinstance(tokenizer, CLIPTokenizer):
+        raise EncoderError(f"{folder}: expected a CLIP tokenizer, got {type(tokenizer).__name__}")
+    return TextTokenizer(tokenizer, max_tokens=max_tokens)
 
 
 def _check_parts_fit(encoder: ClipEncoder, folder: Path) -> None:

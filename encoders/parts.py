@@ -1,12 +1,12 @@
-"""Which weights are trained and travel: all of them, LoRA factors, or the two projection heads.
+"""Which weights are trained and travel: all of them, LoRA factors, the two projection heads, or prompts.
 
 A `TrainablePart` is the model seen by a training step: a module whose trainable parameters are the part,
 the inputs it wants for each image-text pair, and the part's arrays by name.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from encoders.errors import EncoderError
 from encoders.preprocessing import Preprocessing
 
 LORA_TARGETS = ["q_proj", "v_proj"]
+PartName = Literal["full", "lora", "heads", "prompts"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
+WORD_TABLE = "text_model.embeddings.token_embedding"
+PROMPT_STD = 0.02  # of initial prompt tokens, as in Zhou et al. (2022)
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
 
 
@@ -51,15 +55,28 @@ class TrainablePart(ABC):
     def __init__(self, encoder: ClipEncoder, module: Module) -> None:
         self.encoder = encoder
         self.module = module
+        self._names = [name for name, value in module.named_parameters() if value.requires_grad]
 
     @abstractmethod
     def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the module wants for packed images uint8 (N, S, S) and texts: two tensors of N rows."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by the name under which they travel."""
-        named = self.module.named_parameters()
-        return {name.removeprefix("model."): value for name, value in named if value.requires_grad}
+        """The part's parameters by the name under which they travel."""
+        named = dict(self.module.named_parameters())
+        return {name.removeprefix("model."): named[name] for name in self._names}
+
+    def train_only(self, names: Collection[str]) -> None:
+        """From now on only these of `parameters` require a gradient.
+
+        Raises:
+            EncoderError: a name is no parameter of the part.
+        """
+        own = self.parameters()
+        if unknown := sorted(set(names) - set(own)):
+            raise EncoderError(f"{unknown[0]!r} is no parameter of this part")
+        for name, value in own.items():
+            value.requires_grad_(name in names)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         """The part's weights, float32; a copy."""
@@ -124,9 +141,13 @@ class FullPart(TrainablePart):
     """Every weight but the logit scale, which is public and fixed."""
 
     def __init__(self, encoder: ClipEncoder) -> None:
-        encoder.model.requires_grad_(True)
-        encoder.model.logit_scale.requires_grad_(False)
+        for name, value in encoder.model.named_parameters():
+            value.requires_grad_(self._trains(name))
         super().__init__(encoder, _Towers(encoder.model, encoder.preprocessing))
+
+    @staticmethod
+    def _trains(name: str) -> bool:
+        return name != "logit_scale"
 
     def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Resized images, uint8 (N, H, H), and token ids, int64 (N, L)."""
@@ -135,8 +156,7 @@ class FullPart(TrainablePart):
 
     def trimmed(self, text_inputs: Tensor) -> Tensor:
         """Token ids (…, L) cut behind the longest text's first end token."""
-        lengths = (text_inputs != self.encoder.tokenizer.eos_token_id).sum(-1)
-        return text_inputs[..., : int(lengths.max()) + 1]
+        return _trimmed(text_inputs, self.encoder)
 
 
 class HeadsPart(TrainablePart):
@@ -168,8 +188,10 @@ class LoraPart(FullPart):
             inject_adapter_in_model(config, copy.model)
         copy.model.to(encoder.device)
         super().__init__(copy)
-        for name, value in copy.model.named_parameters():
-            value.requires_grad_("lora_" in name or name in PROJECTIONS)
+
+    @staticmethod
+    def _trains(name: str) -> bool:
+        return "lora_" in name or name in PROJECTIONS
 
     def merged(self) -> ClipEncoder:
         """A plain CLIP model with W + scale * B A in place of each adapted W."""
@@ -184,15 +206,107 @@ class LoraPart(FullPart):
         return ClipEncoder.parse(self.encoder.describe(), weights)
 
 
+class _PromptedEmbedding(nn.Module):
+    """A frozen table of tokens, and the learned ones from the id ``first`` on."""
+
+    def __init__(self, table: nn.Embedding, prompts: nn.Embedding, *, first: int) -> None:
+        super().__init__()
+        self.table, self.prompts, self._first = table, prompts, first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        learned = self.prompts((ids - self._first).clamp(min=0))
+        plain = self.table(ids.clamp(max=self._first - 1))
+        return torch.where((ids >= self._first).unsqueeze(-1), learned, plain)
+
+
+class _Prompts(Module):
+    """Image embeddings (B, D) that are computed already, and token ids (B, L) with prompts among them."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.text_model = model.text_model
+        self.text_projection = model.text_projection
+
+    def embed_images(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def embed_texts(self, inputs: Tensor) -> Tensor:
+        pooled = self.text_model(input_ids=inputs).pooler_output
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+
+class PromptsPart(TrainablePart):
+    """Learned tokens behind the start of every text; both towers are frozen, so images are embedded once.
+
+    Source:
+        Context vectors of CoOp, Zhou et al. (2022), arXiv:2109.01134, section 3.2, shared by all texts.
+    """
+
+    def __init__(self, encoder: ClipEncoder, *, tokens: int) -> None:
+        self._plain = encoder
+        copy = ClipEncoder.parse(encoder.describe(), encoder.weights())
+        tokenizer = copy.tokenizer.prompted(tokens)
+        text = copy.model.text_model
+        text.eos_token_id = tokenizer.eos_token_id  # the id 2 of old files means "the highest", now a prompt
+        table = text.embeddings.token_embedding
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the prompts' start is public, the same at every site
+            prompts = nn.Embedding(tokens, table.embedding_dim)
+            nn.init.normal_(prompts.weight, std=PROMPT_STD)
+        copy.model.requires_grad_(False)
+        self._first = tokenizer.vocabulary_size - tokens
+        text.embeddings.token_embedding = _PromptedEmbedding(table, prompts, first=self._first)
+        copy.model.to(encoder.device)
+        prompted = ClipEncoder(model=copy.model, tokenizer=tokenizer, preprocessing=copy.preprocessing)
+        super().__init__(prompted, _Prompts(copy.model))
+
+    def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of the frozen image tower, float32 (N, D), and token ids, int64 (N, L)."""
+        embedded = torch.from_numpy(self._plain.image_embeddings(images))
+        return embedded.to(self.encoder.device), self.encoder.tokenizer(texts).to(self.encoder.device)
+
+    def trimmed(self, text_inputs: Tensor) -> Tensor:
+        """Token ids (…, L) cut behind the longest text's first end token."""
+        return _trimmed(text_inputs, self.encoder)
+
+    def merged(self) -> ClipEncoder:
+        """A plain CLIP model with the prompts in its vocabulary, which its tokenizer puts into texts."""
+        weights, table = self._plain.weights(), f"{WORD_TABLE}.weight"
+        (prompts,) = self.arrays().values()
+        weights[table] = np.concatenate([weights[table][: self._first], prompts])
+        description, tokenizer = self._plain.describe(), self.encoder.tokenizer
+        text = {
+            **description["config"]["text_config"],
+            "vocab_size": tokenizer.vocabulary_size,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        config = {**description["config"], "text_config": text}
+        described = {**description, "config": config, "tokenizer": tokenizer.describe()}
+        return ClipEncoder.parse(described, weights)
+
+
+def _trimmed(ids: Tensor, encoder: ClipEncoder) -> Tensor:
+    lengths = (ids != encoder.tokenizer.eos_token_id).sum(-1)
+    return ids[..., : int(lengths.max()) + 1]
+
+
 def trainable_part(
-    encoder: ClipEncoder, part: Literal["full", "lora", "heads"], *, lora_rank: int
+    encoder: ClipEncoder, part: PartName, *, lora_rank: int = 4, prompt_tokens: int = 16
 ) -> TrainablePart:
-    """The part of ``encoder`` that a federation trains."""
-    if part == "full":
-        return FullPart(encoder)
-    if part == "heads":
-        return HeadsPart(encoder)
-    return LoraPart(encoder, rank=lora_rank)
+    """The part of ``encoder`` that a federation trains.
+
+    Raises:
+        EncoderError: the model's texts are too short for so many prompt tokens.
+    """
+    match part:
+        case "full":
+            return FullPart(encoder)
+        case "heads":
+            return HeadsPart(encoder)
+        case "lora":
+            return LoraPart(encoder, rank=lora_rank)
+        case "prompts":
+            return PromptsPart(encoder, tokens=prompt_tokens)
 
 
 class PartEmbedder:

@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from encoders.errors import EncoderError
 
@@ -26,13 +27,28 @@ class TextTokenizer:
 
     Guarantees:
         ``TextTokenizer.parse(t.describe())`` encodes every text exactly as ``t``, on any machine.
+
+    Args:
+        tokenizer: Vocabulary and merges; with prompt tokens it is extended in place.
+        max_tokens: Longest text, prompt tokens included.
+        prompt_tokens: Learned tokens that stand behind the start of every text. Their ids follow the
+            vocabulary's; no text can spell them.
+
+    Raises:
+        EncoderError: there is no room for a text.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, *, max_tokens: int) -> None:
-        if max_tokens < 3:
-            raise EncoderError(f"expected {max_tokens=} >= 3: start, one token, end")
+    def __init__(self, tokenizer: CLIPTokenizer, *, max_tokens: int, prompt_tokens: int = 0) -> None:
+        if max_tokens < 3 + prompt_tokens:
+            prompted = f"{prompt_tokens} prompt tokens, " if prompt_tokens else ""
+            raise EncoderError(
+                f"expected {max_tokens=} >= {3 + prompt_tokens}: start, {prompted}one token, end"
+            )
         self.hugging_face = tokenizer
         self.max_tokens = max_tokens
+        self.prompt_tokens = prompt_tokens
+        if prompt_tokens:
+            _prepend(tokenizer, [f"<|prompt{number}|>" for number in range(prompt_tokens)])
 
     @classmethod
     def shipped(cls, *, max_tokens: int) -> Self:
@@ -47,12 +63,37 @@ class TextTokenizer:
         vocabulary = description["vocabulary"]
         max_tokens = int(description["max_tokens"])
         return cls(
-            CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens), max_tokens=max_tokens
+            CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens),
+            max_tokens=max_tokens,
+            prompt_tokens=int(description.get("prompt_tokens", 0)),
         )
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready: vocabulary, merges, longest text."""
-        return {**_entries(self.hugging_face.backend_tokenizer), "max_tokens": self.max_tokens}
+        """JSON-ready: vocabulary, merges, longest text, and prompt tokens if there are any."""
+        prompted = {"prompt_tokens": self.prompt_tokens} if self.prompt_tokens else {}
+        return {**_entries(self.hugging_face.backend_tokenizer), "max_tokens": self.max_tokens, **prompted}
+
+    def prompted(self, tokens: int) -> "TextTokenizer":
+        """This tokenizer with so many learned tokens behind the start of every text.
+
+        Raises:
+            EncoderError: it has some already, or there is no room for them.
+        """
+        if self.prompt_tokens:
+            raise EncoderError(f"the tokenizer has {self.prompt_tokens} prompt tokens already")
+        return TextTokenizer.parse({**self.describe(), "prompt_tokens": tokens})
+
+    def processor(self) -> CLIPTokenizer | PreTrainedTokenizerFast:
+        """What goes into a Hugging Face folder; loaded there, it encodes as this does.
+
+        ``CLIPTokenizer`` builds its rules anew when it is loaded and would lose the prompt tokens.
+        """
+        if not self.prompt_tokens:
+            return self.hugging_face
+        kept = {name: getattr(self.hugging_face, name) for name in ("bos_token", "eos_token", "pad_token")}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.hugging_face.backend_tokenizer, model_max_length=self.max_tokens, **kept
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -115,6 +156,25 @@ def train_vocabulary(texts: Iterable[str], *, size: int) -> dict[str, Any]:
     )
     pipeline.train_from_iterator(texts, trainer)
     return _entries(pipeline)
+
+
+def entries_of(folder_tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Vocabulary and merges of a tokenizer that was loaded from a folder."""
+    return _entries(folder_tokenizer.backend_tokenizer)
+
+
+def _prepend(tokenizer: CLIPTokenizer, prompts: list[str]) -> None:
+    tokenizer.add_tokens(prompts, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(prompts)
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([start, *prompts, "$A", end]),
+        special_tokens=[
+            (start, tokenizer.bos_token_id),
+            (end, tokenizer.eos_token_id),
+            *zip(prompts, ids, strict=True),
+        ],
+    )
 
 
 def _entries(pipeline: Tokenizer) -> dict[str, Any]:

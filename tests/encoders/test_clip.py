@@ -145,6 +145,7 @@ def test_an_exported_model_comes_back_and_names_its_tokenizer_and_preprocessing(
         "version": 1,
         "tokenizer": encoder.tokenizer.digest,
         "preprocessing": encoder.preprocessing.digest,
+        "prompt_tokens": 0,
     }
     assert (again.tokenizer.digest, again.preprocessing.digest) == (
         identity["tokenizer"],

@@ -14,7 +14,7 @@ from encoders.parts import PartEmbedder, TrainablePart, trainable_part
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
 
 Kind = Literal["full", "lora", "heads"]
-KINDS: tuple[Kind, ...] = ("full", "lora", "heads")
+KINDS: tuple[Kind, ...] = ("full", "lora", "heads")  # those that start as their model
 HEADS = {"visual_projection.weight", "text_projection.weight"}
 IMAGES = random_images(len(TEXTS), size=40)
 
