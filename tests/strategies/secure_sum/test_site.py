@@ -1,0 +1,356 @@
+"""What a site refuses a coordinator, or another site, that does not keep to the protocol."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from strategies.secure_sum import site as site_module
+from strategies.secure_sum.errors import OutOfRange, PeerRefused, StepRefused, TermsRefused
+from strategies.secure_sum.messages import offer_statement
+from tests.strategies.secure_sum.hospitals import (
+    KEYS,
+    NAMES,
+    PINS,
+    Attempt,
+    Remembered,
+    assert_close,
+    exact_mean,
+    session,
+    terms,
+    updates,
+)
+
+
+def attempt(**changes: Any) -> Attempt:
+    agreed = terms()
+    return Attempt(agreed, updates(agreed), **changes)
+
+
+# --- terms --------------------------------------------------------------------------------------------------
+
+
+def test_a_participant_with_another_key_than_the_pinned_one_is_refused() -> None:
+    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    with pytest.raises(TermsRefused, match="key of 'site-3' is not the one pinned here"):
+        session(terms(), "site-1", pins=PINS | {"site-3": other})
+
+
+def test_a_participant_without_a_pin_is_refused() -> None:
+    pins = {name: pin for name, pin in PINS.items() if name != "site-4"}
+    with pytest.raises(TermsRefused, match="no key is pinned here for 'site-4'"):
+        session(terms(), "site-1", pins=pins)
+
+
+def test_a_site_that_is_not_asked_for_takes_no_part() -> None:
+    with pytest.raises(TermsRefused, match="'site-9' is not among the participants"):
+        session(terms(), "site-9", weight=1)
+
+
+def test_a_weight_that_is_not_the_site_s_own_is_refused() -> None:
+    with pytest.raises(TermsRefused, match="expected weight 300 for 'site-1', asked was 1"):
+        session(terms(), "site-1", weight=300)
+
+
+def test_a_threshold_below_the_site_s_own_policy_is_refused() -> None:
+    with pytest.raises(TermsRefused, match="threshold is 3, and 'site-1' takes part from 4 on"):
+        session(terms(), "site-1", at_least=4)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["mask_key", "seal_key", "seed_digest"])
+def test_a_coordinator_that_swaps_a_key_is_caught(field: str) -> None:
+    made = attempt().until("offer")
+    own = X25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    offers = [replace(o, **{field: own}) if o.site == "site-2" else o for o in made.offers]
+    with pytest.raises(PeerRefused, match="keys offered for 'site-2' are not signed by its pinned key"):
+        made.sites["site-1"].deal(offers)
+
+
+def test_keys_signed_by_another_than_the_pinned_key_are_refused() -> None:
+    made = attempt().until("offer")
+    victim = next(offer for offer in made.offers if offer.site == "site-2")
+    keys = (victim.mask_key, victim.seal_key, victim.seed_digest)
+    forged = KEYS[8].sign(offer_statement(made.terms, site="site-2", keys=keys)).hex()
+    offers = [replace(o, signature=forged) if o is victim else o for o in made.offers]
+    with pytest.raises(PeerRefused, match="'site-2'"):
+        made.sites["site-1"].deal(offers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": "other"},
+        {"server_round": 2},
+        {"request": "cd" * 32},
+        {"attempt": 2},
+        {"threshold": 4},
+        {"value_range": 8.0},
+        {"participants": terms((2, 1, 1, 1, 1)).participants},
+    ],
+)
+def test_keys_of_another_round_attempt_or_other_terms_are_refused(change: dict[str, Any]) -> None:
+    made = attempt().until("offer")
+    old = session(terms(**change), "site-2").offer()
+    offers = [old if offer.site == "site-2" else offer for offer in made.offers]
+    with pytest.raises(PeerRefused, match=r"'site-2' .* belong to another round or attempt"):
+        made.sites["site-1"].deal(offers)
+
+
+def test_a_site_that_copies_another_s_key_is_caught() -> None:
+    made = attempt().until("offer")
+    first, second, *rest = made.offers
+    keys = (first.mask_key, second.seal_key, second.seed_digest)
+    signature = KEYS[1].sign(offer_statement(made.terms, site="site-2", keys=keys)).hex()
+    copied = replace(second, mask_key=first.mask_key, signature=signature)
+    with pytest.raises(PeerRefused, match="'site-2' offers the same key as 'site-1'"):
+        made.sites["site-3"].deal((first, copied, *rest))
+
+
+def test_its_own_keys_of_an_earlier_start_are_refused() -> None:
+    made = attempt().until("offer")
+    restarted = session(made.terms, "site-1")
+    with pytest.raises(StepRefused, match="keys offered for 'site-1' are not those it made"):
+        restarted.deal(made.offers)
+
+
+@pytest.mark.parametrize("which", ["mask_key", "seal_key"])
+def test_a_key_that_everybody_can_agree_with_is_refused(which: str) -> None:
+    made = attempt().until("offer")
+    weak = replace(made.offers[1], **{which: "00" * 32})
+    keys = (weak.mask_key, weak.seal_key, weak.seed_digest)
+    weak = replace(weak, signature=KEYS[1].sign(offer_statement(made.terms, site="site-2", keys=keys)).hex())
+    offers = (made.offers[0], weak, *made.offers[2:])
+    with pytest.raises(PeerRefused, match="'site-2' offers a key of low order"):
+        made.sites["site-1"].deal(offers)
+
+
+# --- groups -------------------------------------------------------------------------------------------------
+
+
+def test_groups_below_the_threshold_are_refused_in_every_step() -> None:
+    made = attempt().until("consent")
+    fresh = attempt().until("deal")
+    late = attempt().until("mask")
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("offer keys", lambda: attempt().sites["site-1"].deal(fresh.offers[:2])),
+        ("deal shares", lambda: fresh.sites["site-1"].mask(fresh.shares["site-1"][:2], {})),
+        ("are summed", lambda: late.sites["site-1"].consent(["site-1", "site-2"])),
+        ("consent", lambda: made.sites["site-1"].reveal(made.consents[:2])),
+    ]
+    for did, call in calls:
+        with pytest.raises(StepRefused, match=f"2 sites {did}, below the threshold of 3: 'site-1' goes no"):
+            call()
+
+
+def test_a_site_named_twice_does_not_count_as_two() -> None:
+    made = attempt().until("mask")
+    with pytest.raises(StepRefused, match="'site-2' is named twice, or was not there"):
+        made.sites["site-1"].consent(["site-1", "site-2", "site-2"])
+
+
+def test_a_stranger_does_not_count() -> None:
+    made = attempt(silent={"site-5": "deal"}).until("mask")
+    with pytest.raises(StepRefused, match="'site-5' is named twice, or was not there"):
+        made.sites["site-1"].consent(["site-1", "site-2", "site-3", "site-5"])
+
+
+def test_a_sum_without_the_site_itself_is_none_of_its_business() -> None:
+    made = attempt().until("mask")
+    with pytest.raises(StepRefused, match="'site-1' is not among the sites that are summed"):
+        made.sites["site-1"].consent(["site-2", "site-3", "site-4"])
+
+
+# --- shares -------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_ciphertext_is_caught_by_the_dealer_s_name() -> None:
+    made = attempt().until("deal")
+    share = made.shares["site-1"][1]
+    flipped = replace(share, sealed=f"{int(share.sealed[0], 16) ^ 1:x}{share.sealed[1:]}")
+    shares = [flipped if other is share else other for other in made.shares["site-1"]]
+    with pytest.raises(PeerRefused, match="what 'site-2' dealt to 'site-1' was changed on the way"):
+        made.sites["site-1"].mask(shares, made.updates["site-1"])
+    made.mask()  # nothing was masked, so the right shares are still welcome
+
+
+def test_a_ciphertext_of_another_holder_dealer_or_attempt_is_caught() -> None:
+    made = attempt().until("deal")
+    own, _, of_three, *rest = made.shares["site-1"]
+    for_other = next(share for share in made.dealt["site-2"] if share.holder == "site-3")
+    from_other = replace(of_three, dealer="site-2")
+    old = next(share for share in attempt().until("deal").shares["site-1"] if share.dealer == "site-2")
+    for wrong in (replace(for_other, holder="site-1"), from_other, old):
+        with pytest.raises(
+            PeerRefused, match="'site-2' dealt to 'site-1' was changed on the way, or belongs"
+        ):
+            made.sites["site-1"].mask([own, wrong, of_three, *rest], made.updates["site-1"])
+
+
+@pytest.mark.parametrize(("field", "which"), [("seed_digest", "seed"), ("key_digest", "key")])
+def test_a_share_other_than_committed_to_is_caught(field: str, which: str) -> None:
+    made = attempt().until("deal")
+    shares = [replace(share, **{field: "0" * 64}) for share in made.shares["site-1"]]
+    with pytest.raises(PeerRefused, match=f"'site-1' dealt 'site-1' another {which} than it committed to"):
+        made.sites["site-1"].mask(shares, made.updates["site-1"])
+
+
+# --- masking ------------------------------------------------------------------------------------------------
+
+
+def test_an_update_out_of_range_leaves_nothing_behind_and_may_not_be_masked() -> None:
+    made = attempt().until("deal")
+    bad = {"weight": np.zeros((50, 2), dtype=np.float32), "scale": np.asarray(4.001, dtype=np.float32)}
+    with pytest.raises(OutOfRange, match="array 'scale' holds values"):
+        made.sites["site-1"].mask(made.shares["site-1"], bad)
+    made.mask()
+
+
+def test_an_update_is_masked_once_in_an_attempt() -> None:
+    made = attempt().until("deal")
+    made.sites["site-1"].mask(made.shares["site-1"], made.updates["site-1"])
+    with pytest.raises(StepRefused, match="'site-1' masks its update once in an attempt"):
+        made.sites["site-1"].mask(made.shares["site-1"], made.updates["site-2"])
+
+
+def test_steps_out_of_order_are_refused() -> None:
+    site = attempt().sites["site-1"]
+    with pytest.raises(StepRefused, match="after it dealt its shares"):
+        site.mask([], {})
+    with pytest.raises(StepRefused, match="'site-1' is named twice, or was not there in the step before"):
+        site.consent(["site-1", "site-2", "site-3"])
+    made = attempt().until("consent")
+    with pytest.raises(StepRefused, match="was not there in the step before"):
+        site.reveal(made.consents)
+
+
+# --- repeats ------------------------------------------------------------------------------------------------
+
+
+def test_asked_the_same_again_a_site_says_the_same_again() -> None:
+    made = attempt(silent={"site-5": "mask"}).until("reveal")
+    site = made.sites["site-1"]
+    assert site.offer() == made.offers[0]
+    assert site.deal(made.offers) == made.dealt["site-1"]
+    assert site.consent(made.survivors) == made.consents[0]
+    assert site.reveal(made.consents) == made.reveals["site-1"]
+
+
+def test_asked_with_other_keys_after_dealing_it_refuses() -> None:
+    made = attempt().until("deal")
+    with pytest.raises(StepRefused, match="coordinator changed the keys it had passed on"):
+        made.sites["site-1"].deal(made.offers[:4])
+
+
+def test_it_agrees_to_one_sum_in_an_attempt() -> None:
+    made = attempt().until("consent")
+    with pytest.raises(StepRefused, match=r"'site-1' agreed before to sum .* with other sites"):
+        made.sites["site-1"].consent(made.survivors[:4])
+
+
+def test_of_each_peer_it_reveals_the_seed_or_the_key_never_both() -> None:
+    made = attempt(silent={"site-4": "deal", "site-5": "mask"}).until("reveal")
+    for reveal in made.reveals.values():
+        assert set(reveal.seeds) == {"site-1", "site-2", "site-3"}
+        assert set(reveal.keys) == {"site-5"}
+
+
+def test_a_coordinator_that_shows_sites_different_survivors_unmasks_nothing() -> None:
+    """It wants the seed of site-5 from some, and its mask key from the others, to open its masked update."""
+    made = attempt().until("mask")
+    all_five, without = made.survivors, made.survivors[:4]
+    consents = [
+        made.sites[name].consent(all_five if index < 2 else without) for index, name in enumerate(NAMES[:4])
+    ]
+    for name in NAMES[:4]:
+        with pytest.raises(PeerRefused, match=f"'{name}' was shown: the coordinator told the two different"):
+            made.sites[name].reveal(consents)
+        with pytest.raises(StepRefused, match="below the threshold of 3"):
+            made.sites[name].reveal([c for c in consents if c.site in (name, "site-1")])
+
+
+def test_a_coordinator_that_shows_sites_different_keys_unmasks_nothing() -> None:
+    made = attempt().until("offer")
+    twin = session(made.terms, "site-5")  # site-5 colludes: it signs two sets of keys
+    other = (*made.offers[:4], twin.offer())
+    dealt = {name: made.sites[name].deal(made.offers if name == "site-1" else other) for name in NAMES[:4]}
+    for name in NAMES[:4]:
+        shares = [share for all_of in dealt.values() for share in all_of if share.holder == name]
+        made.sites[name].mask(shares, made.updates[name])
+    consents = [made.sites[name].consent(NAMES[:4]) for name in NAMES[:4]]
+    with pytest.raises(PeerRefused, match=r"the consent of 'site-2' .* told the two different things"):
+        made.sites["site-1"].reveal(consents)
+
+
+def test_a_consent_of_another_attempt_is_refused() -> None:
+    made = attempt().until("consent")
+    old = attempt().until("consent").consents[1]
+    with pytest.raises(PeerRefused, match="consent of 'site-2' is not signed"):
+        made.sites["site-1"].reveal((made.consents[0], old, *made.consents[2:]))
+
+
+# --- the same request again ---------------------------------------------------------------------------------
+
+
+def test_a_new_attempt_sums_the_same_sites_under_new_masks() -> None:
+    agreed = terms([2, 3, 4, 5, 6])
+    made = updates(agreed)
+    kept = {name: Remembered() for name in agreed.names}
+    first = Attempt(agreed, made, agreements=kept, silent={"site-5": "mask"}).until("reveal")
+    again = replace(agreed, attempt=2)
+    second = Attempt(again, made, agreements=kept, silent={"site-5": "offer"}).until("reveal")
+    exact = exact_mean(agreed, made, first.survivors)
+    assert_close(agreed, first.server.mean(), exact, first.survivors)
+    assert_close(agreed, second.server.mean(), exact, first.survivors)
+    for name in first.survivors:
+        assert not np.array_equal(first.masked[name]["weight"], second.masked[name]["weight"])
+
+
+def test_a_new_attempt_with_other_sites_is_refused_after_a_restart_too() -> None:
+    """The difference of the two sums would be the update of site-5."""
+    agreed = terms()
+    kept = {name: Remembered() for name in agreed.names}
+    Attempt(agreed, updates(agreed), agreements=kept).until("consent")
+    second = Attempt(
+        replace(agreed, attempt=2), updates(agreed), agreements=kept, silent={"site-5": "offer"}
+    ).until("mask")
+    for name in NAMES[:4]:
+        with pytest.raises(StepRefused, match="two different sums would tell single updates apart"):
+            second.sites[name].consent(second.survivors)
+
+
+def test_a_new_attempt_under_other_terms_is_refused_before_anything_is_masked() -> None:
+    """Groups of different federations need not have a site in common, so their sums could be subtracted."""
+    agreed = terms()
+    kept = {name: Remembered() for name in agreed.names}
+    Attempt(agreed, updates(agreed), agreements=kept).until("mask")
+    fewer = terms([1, 1, 1], attempt=2)
+    second = Attempt(fewer, updates(fewer), agreements=kept).until("deal")
+    with pytest.raises(StepRefused, match=r"'site-1' agreed before to sum its answer .* with other terms"):
+        second.mask()
+
+
+def test_another_request_is_free_of_what_was_agreed_before() -> None:
+    agreed = terms()
+    kept = {name: Remembered() for name in agreed.names}
+    Attempt(agreed, updates(agreed), agreements=kept).until("reveal")
+    other = terms([1, 1, 1], request="cd" * 32, server_round=2)
+    Attempt(other, updates(other), agreements=kept).until("reveal")
+
+
+def test_the_seed_is_256_bits_of_the_system_s_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def token_bytes(size: int) -> bytes:
+        asked.append(size)
+        return bytes(range(size))
+
+    monkeypatch.setattr(site_module, "token_bytes", token_bytes)
+    attempt()
+    assert asked == [32] * 5
