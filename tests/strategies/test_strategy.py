@@ -1,0 +1,226 @@
+"""Every name of the federation file, through the interface that the round loop uses."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from strategies.messages import Arrays, MessageError
+from strategies.rules.rule import CannotCombine
+from strategies.settings import Settings, SettingsError
+from strategies.strategy import Strategy, StrategyName, StrategySettings, strategy_of
+from tests.strategies.updates import drawn, one
+
+NAMES = get_args(StrategyName)
+each_name = pytest.mark.parametrize("name", NAMES)
+SITES = 6
+
+
+def named(name: str, folder: Path) -> Strategy:
+    return strategy_of(StrategySettings.model_validate({"name": name}), folder=folder, step_length=0.5)
+
+
+def played(strategy: Strategy, base: Arrays, server_round: int) -> Arrays:
+    if strategy.fair:
+        strategy.hear({f"site-{number}": number + server_round for number in range(SITES)})
+    strategy.begin(base)
+    for number, update in enumerate(drawn(100 + server_round, SITES)):
+        strategy.correction_for(f"site-{number}")
+        strategy.fold(f"site-{number}", update, number + 1.0)
+    return strategy.finish()
+
+
+def bits(arrays: Arrays) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in arrays.items()}
+
+
+@each_name
+def test_interrupted_anywhere_a_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    base = drawn(0, 1)[0]
+    whole = named(name, tmp_path / "whole")
+    straight = [base]
+    for server_round in range(4):
+        straight.append(played(whole, straight[-1], server_round))
+    arrays, state = base, dict[str, Any]()
+    for server_round in range(4):
+        killed = named(name, tmp_path / "resumed")
+        killed.restore(state)
+        killed.begin(arrays)
+        for number, update in enumerate(drawn(7, SITES)):
+            killed.fold(f"site-{number}", update, 1.0)  # a round that never ended
+        del killed
+        resumed = named(name, tmp_path / "resumed")
+        resumed.restore(state)
+        arrays = played(resumed, arrays, server_round)
+        save_file(resumed.state() or {"none": np.zeros(1)}, tmp_path / "state.safetensors")
+        state = load_file(tmp_path / "state.safetensors") if resumed.state() else {}
+        assert bits(arrays) == bits(straight[server_round + 1])
+
+
+@each_name
+def test_a_round_that_is_begun_again_forgets_what_it_took_in(name: str, tmp_path: Path) -> None:
+    base = drawn(0, 1)[0]
+    once, twice = named(name, tmp_path / "once"), named(name, tmp_path / "twice")
+    first = played(once, base, 0), played(twice, base, 0)
+    twice.begin(first[1])
+    for number, update in enumerate(drawn(7, SITES, scale=100.0)):
+        twice.fold(f"site-{number}", update, 5.0)
+    assert bits(played(once, first[0], 1)) == bits(played(twice, first[1], 1))
+
+
+@each_name
+def test_a_refused_update_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    base = drawn(0, 1)[0]
+    with_it, without = named(name, tmp_path / "with"), named(name, tmp_path / "without")
+    for strategy in (with_it, without):
+        strategy.begin(base)
+        for number, update in enumerate(drawn(3, SITES)):
+            if strategy is with_it:
+                broken = {**update, "a": np.full_like(update["a"], np.nan)}
+                with pytest.raises(MessageError, match="array 'a' is not finite"):
+                    strategy.fold(f"site-{number}", broken, 1.0)
+            strategy.fold(f"site-{number}", update, 1.0)
+    assert bits(with_it.finish()) == bits(without.finish())
+
+
+@each_name
+def test_what_the_settings_say_of_a_strategy_is_what_it_is(name: str, tmp_path: Path) -> None:
+    settings, strategy = StrategySettings.model_validate({"name": name}), named(name, tmp_path)
+    strategy.begin(one(0.0))
+    assert strategy.is_sum == settings.is_sum
+    assert strategy.fair == settings.needs_losses
+    assert strategy.per_site != settings.takes_late
+
+
+@each_name
+def test_the_fewest_sites_are_enough_and_one_fewer_is_refused_where_it_must_be(
+    name: str, tmp_path: Path
+) -> None:
+    fewest = StrategySettings.model_validate({"name": name}).fewest_sites
+    strategy = named(name, tmp_path)
+    strategy.begin(one(0.0))
+    for number in range(fewest):
+        strategy.fold(f"site-{number}", one(1.0), 1.0)
+    assert strategy.finish()["a"] > 0
+    strategy.begin(one(0.0))
+    for number in range(fewest - 1):
+        strategy.fold(f"site-{number}", one(1.0), 1.0)
+    if name != "median":  # of two it is their mean: it protects from nobody, and is defined
+        with pytest.raises(CannotCombine):
+            strategy.finish()
+
+
+@each_name
+def test_a_site_has_one_vote_where_votes_are_counted(name: str, tmp_path: Path) -> None:
+    strategy = named(name, tmp_path)
+    strategy.begin(one(0.0))
+    strategy.fold("x", one(1.0), 1.0)
+    if strategy.per_site:
+        with pytest.raises(CannotCombine, match="two updates of site 'x'"):
+            strategy.fold("x", one(1.0), 1.0)
+    else:
+        strategy.fold("x", one(1.0), 1.0)
+
+
+def test_only_fedprox_and_feddyn_pull_sites_back() -> None:
+    assert {name: _proximal(name) for name in NAMES if _proximal(name)} == {"fedprox": 0.01, "feddyn": 0.01}
+
+
+def _proximal(name: str) -> float:
+    own = StrategySettings.model_validate({"name": name}).parameters
+    return float(own.get("proximal_mu", 0.0) or own.get("alpha", 0.0))
+
+
+def test_fair_weights_move_the_mean_to_the_site_with_the_larger_loss(tmp_path: Path) -> None:
+    for name in ("q-ffl", "afl"):
+        strategy = named(name, tmp_path)
+        for _ in range(20):
+            strategy.hear({"good": 0.1, "bad": 3.0})
+        strategy.begin(one(0.0))
+        strategy.fold("good", one(0.0), 1.0)
+        strategy.fold("bad", one(1.0), 1.0)
+        assert strategy.finish()["a"] > 0.8
+
+
+def test_a_strategy_without_losses_refuses_them(tmp_path: Path) -> None:
+    with pytest.raises(CannotCombine, match="uses no losses"):
+        named("fedavg", tmp_path).hear({"a": 1.0})
+
+
+@pytest.mark.parametrize("call", ["fold", "finish"])
+def test_before_a_round_has_begun_nothing_is_combined(call: str, tmp_path: Path) -> None:
+    strategy = named("fedavg", tmp_path)
+    with pytest.raises(CannotCombine, match="no round has begun"):
+        strategy.finish() if call == "finish" else strategy.fold("x", one(1.0), 1.0)
+
+
+def test_a_finished_round_cannot_be_finished_again(tmp_path: Path) -> None:
+    strategy = named("fedavg", tmp_path)
+    strategy.begin(one(0.0))
+    strategy.fold("x", one(1.0), 1.0)
+    strategy.finish()
+    with pytest.raises(CannotCombine, match="no round has begun"):
+        strategy.finish()
+
+
+def test_another_strategy_s_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CannotCombine, match="state 'fairness/a' is not of this strategy"):
+        named("fedavg", tmp_path).restore({"fairness/a": np.array(1.0)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "fedavg", "tau": 0.1}, r"strategy 'fedavg' has no tau: remove the key \(it has none\)"),
+        ({"name": "krum", "selected": 2}, r"strategy 'krum' has no selected.*it has attackers"),
+        ({"name": "fedadam", "server-momentum": 0.5}, "strategy 'fedadam' has no server-momentum"),
+        ({"name": "fedprox", "proximal-mu": -1}, "proximal-mu"),
+        ({"name": "trimmed-mean", "trim-share": 0.5}, "trim-share"),
+        ({"name": "bulyan"}, "name"),
+        ({"name": "krum", "atackers": 1}, "did you mean 'attackers'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        StrategySettings.parse(settings, source="file")
+
+
+@each_name
+def test_every_hyper_parameter_can_be_given_and_counts(name: str) -> None:
+    for key, default in StrategySettings.DEFAULTS.get(name, {}).items():
+        value = 0.25 if isinstance(default, float) else 3
+        settings = StrategySettings.model_validate({"name": name, key.replace("_", "-"): value})
+        assert settings.parameters[key] == value
+
+
+def test_the_settings_can_stand_in_a_larger_table() -> None:
+    class Table(StrategySettings):
+        min_sites: int = 2
+
+    table = Table.parse({"name": "fedadam", "tau": 0.5, "min-sites": 3}, source="file")
+    assert (table.parameters["tau"], table.min_sites) == (0.5, 3)
+    assert issubclass(Table, Settings)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"optimizer": "adamw", "schedule": "constant", "epochs": None}, "optimizer 'adamw'.*set 'sgd'"),
+        ({"optimizer": "sgd", "schedule": "cosine", "epochs": None}, "schedule 'cosine'.*set 'constant'"),
+        ({"optimizer": "sgd", "schedule": "constant", "epochs": 1}, "epochs.*set training.steps"),
+    ],
+)
+def test_scaffold_refuses_training_it_cannot_read_gradients_off(training: Any, message: str) -> None:
+    StrategySettings(name="fedadam").require_training(**training)
+    StrategySettings(name="scaffold").require_training(optimizer="sgd", schedule="constant", epochs=None)
+    with pytest.raises(ValueError, match=message):
+        StrategySettings(name="scaffold").require_training(**training)
+
+
+def test_a_model_of_no_arrays_stays_one(tmp_path: Path) -> None:
+    strategy = named("fedavg", tmp_path)
+    strategy.begin({})
+    strategy.fold("x", {}, 1.0)
+    assert strategy.finish() == {}
