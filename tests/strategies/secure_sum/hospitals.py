@@ -1,7 +1,7 @@
 """A federation of sites for secure sums, all in this process, each step open to what a test does to it."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np

@@ -6,7 +6,18 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from strategies.secure_sum.errors import Malformed, TermsRefused
-from strategies.secure_sum.messages import Consent, KeyOffer, Participant, Reveal, SealedShare, Terms
+from strategies.secure_sum.messages import (
+    Consent,
+    KeyOffer,
+    Participant,
+    Reveal,
+    SealedShare,
+    Terms,
+    consent_statement,
+    offer_statement,
+    seed_digest,
+    share_digest,
+)
 from tests.strategies.secure_sum.hospitals import NAMES, PINS, Attempt, terms, updates
 
 PARTICIPANT = Participant(site="a", weight=1, public="ab" * 32)
@@ -130,3 +141,16 @@ def test_nothing_in_a_message_is_secret_to_those_who_may_see_it(said: list[Any])
     kinds = (Terms, KeyOffer, SealedShare, Consent, Reveal)
     assert [type(message) for message in said] == list(kinds)
     assert set(PINS) == set(NAMES)
+
+
+def test_every_signature_and_commitment_is_bound_to_the_session() -> None:
+    """Fresh keys alone would tell attempts apart; this holds where a broken site uses its keys again."""
+    agreed = terms()
+    again = replace(agreed, attempt=2)
+    for made in (
+        lambda one: offer_statement(one, site="site-1", keys=("a", "b", "c")),
+        lambda one: consent_statement(one, offers=[], dealers=[], survivors=["site-1"]),
+        lambda one: share_digest(one, b"share", dealer="site-1", holder="site-2", which="seed"),
+        lambda one: seed_digest(one, b"seed", site="site-1"),
+    ):
+        assert made(agreed) != made(again)
