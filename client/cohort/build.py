@@ -36,7 +36,7 @@ from client.reports.report import Report
 from client.text.errors import FindingsFileError
 from client.text.labels import Findings, default_findings, load_findings
 
-PIPELINE = 4  # raised with every change of the pixels or texts that come out
+PIPELINE = 5  # raised with every change of the pixels or texts that come out
 
 logger = logging.getLogger(f"clipward.{__name__}")
 

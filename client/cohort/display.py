@@ -142,6 +142,7 @@ def _of_frame(dataset: Dataset) -> Dataset:
     groups = [*_items(dataset, _SHARED)[:1], *_items(dataset, _PER_FRAME)[middle : middle + 1]]
     macros = [item for group in groups for name in _FRAME_MACROS for item in _items(group, name)[:1]]
     shown = Dataset()
+    shown.file_meta = dataset.file_meta  # a table's bytes are read in the order that the file has
     for holder in (dataset, *macros):
         for name in _SHOWN:
             if holder.get(name) not in (None, ""):

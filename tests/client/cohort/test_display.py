@@ -1,6 +1,7 @@
 """The display pipeline against pydicom's textbook path and the standard's own words."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,19 @@ from PIL import Image
 from pydicom import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
     RLELossless,
 )
 
+from client.cohort import display
+from client.cohort.dicom_file import read_dataset
 from client.cohort.display import Window, display_image, grey_image
 from client.cohort.outcomes import Code, RefusedError, Rejected, State
 
@@ -159,6 +165,41 @@ def test_modality_lut_is_applied(dicom: Callable[..., Dataset]) -> None:
     mapped, _ = display_image(dicom(ModalityLUTSequence=[lut], **window), size=SIZE)
     plain, _ = display_image(dicom(**window), size=SIZE)
     assert np.abs(mapped.astype(int) + plain - 255).max() <= 1
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_tables_are_read_where_they_are_bytes(
+    dicom: Callable[..., Dataset], tmp_path: Path, syntax: UID
+) -> None:
+    """LUT Data may be US or OW; in an implicit file they are OW, and so they are from most CR devices."""
+    order = ">u2" if syntax == ExplicitVRBigEndian else "<u2"
+
+    def table(values: NDArray[Any], bits: int, kind: str) -> Dataset:
+        lut = Dataset()
+        lut.LUTDescriptor = [len(values), 0, bits]
+        lut["LUTDescriptor"].VR = "US"
+        lut.ModalityLUTType = "US"
+        lut.LUTData = values.astype(order).tobytes() if kind == "OW" else values.astype(int).tolist()
+        lut["LUTData"].VR = kind
+        return lut
+
+    def shown(kind: str) -> NDArray[np.uint8]:
+        modality, voi = np.arange(4095, -1, -1), np.rint(4095 * (np.arange(4096) / 4095) ** 2)
+        dataset = dicom(
+            syntax=ExplicitVRLittleEndian,
+            ModalityLUTSequence=[table(modality, 16, kind)],
+            VOILUTSequence=[table(voi, 12, kind)],
+        )
+        dataset.file_meta.TransferSyntaxUID = syntax
+        if syntax == ExplicitVRBigEndian:
+            dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
+        dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        read, _ = read_dataset(tmp_path / "a.dcm", keywords=display.KEYWORDS, pixels=True)
+        image, remarks = display_image(read, size=SIZE)
+        assert not remarks
+        return image
+
+    np.testing.assert_array_equal(shown("OW"), shown("US"))
 
 
 def test_padding_is_black_and_does_not_move_the_percentiles(dicom: Callable[..., Dataset]) -> None:
