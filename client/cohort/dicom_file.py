@@ -12,7 +12,7 @@ from typing import BinaryIO
 from pydicom import DataElement, Dataset
 from pydicom.filereader import read_partial
 from pydicom.tag import Tag
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from client.cohort.archives import opened
 from client.cohort.outcomes import Code, RefusedError, State
@@ -55,6 +55,11 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
         explicit = ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     return dataset, remarks
+
+
+def uid_name(uid: UID) -> str:
+    """Return the standard's name of a UID. Of any other no more is told: what a file says may be anything."""
+    return str(uid.name) if uid.type else "not one of the standard"
 
 
 def _parse(file: BinaryIO, keywords: Collection[str], *, pixels: bool) -> Dataset:

@@ -26,7 +26,7 @@ from pydicom.uid import (
 
 from client.cohort import display
 from client.cohort.archives import expanded
-from client.cohort.dicom_file import quietly, read_dataset
+from client.cohort.dicom_file import quietly, read_dataset, uid_name
 from client.cohort.errors import SourceMissingError
 from client.cohort.on_disk import SetOnDisk
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
@@ -197,7 +197,7 @@ def _judge(dataset: Dataset, *, with_ct: bool) -> tuple[str, str, str, str]:
     if _text(dataset, "PresentationIntentType") == "FOR PROCESSING":  # a SOP class of its own for some
         raise RefusedError(State.UNSUPPORTED, Code.E_FOR_PROCESSING)
     if sop_class not in wanted:
-        raise RefusedError(State.UNSUPPORTED, Code.E_SOP_CLASS, sop_class.name)
+        raise RefusedError(State.UNSUPPORTED, Code.E_SOP_CLASS, uid_name(sop_class))
     if sop_class in display.CT_CLASSES and "LOCALIZER" in (dataset.get("ImageType") or ()):
         raise RefusedError(State.IGNORED, Code.E_LOCALIZER)
     for keyword in _REQUIRED:

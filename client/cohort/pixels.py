@@ -32,6 +32,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from client.cohort.dicom_file import uid_name
 from client.cohort.outcomes import Code, RefusedError, State
 
 KEYWORDS = (
@@ -125,7 +126,7 @@ def check_decodable(dataset: Dataset) -> None:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise RefusedError(State.UNSUPPORTED, Code.E_TRANSFER_SYNTAX, str(syntax.name)) from None
+        raise RefusedError(State.UNSUPPORTED, Code.E_TRANSFER_SYNTAX, uid_name(syntax)) from None
     if not decoder.is_available:
         raise _decoder_missing(syntax)
 
@@ -255,11 +256,15 @@ def _by_plugin(dataset: Dataset) -> NDArray[Any]:
     decoder, index = get_decoder(syntax), frame_count(dataset) // 2
     installed = decoder.available_plugins
     fastest = FASTEST[syntax].plugin if syntax in FASTEST else ""
-    for plugin in (fastest, "") if fastest in installed and len(installed) > 1 else ("",):  # "": each in turn
+    # GDCM ends the process on many a damaged stream, and reads none that all the others refuse.
+    safe = [plugin for plugin in installed if plugin != "gdcm"] or installed
+    for plugin in sorted(safe, key=lambda name: name != fastest) or ("",):  # "": none is needed
         try:
             values, _ = decoder.as_array(dataset, index=index, decoding_plugin=plugin)
-        except Exception as error:
-            failure = error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # pylibjpeg's decoders in Rust panic, and a panic is no Exception
+            failure = error if isinstance(error, Exception) else ValueError("the decoder panicked")
         else:
             return np.asarray(values, dtype=values.dtype.newbyteorder("="))
     if syntax == JPEGExtended12Bit and int(dataset.BitsStored) > 8 and fastest not in installed:

@@ -94,6 +94,7 @@ def test_frontal_and_unknown_views_are_candidates(dicom: Dicom, path: Path, view
         ({"SOPInstanceUID": ""}, State.QUARANTINED, Code.E_TAG_MISSING, "SOPInstanceUID"),
         ({"SOPClassUID": None}, State.QUARANTINED, Code.E_TAG_MISSING, "SOPClassUID"),
         ({"BitsStored": None}, State.QUARANTINED, Code.E_TAG_MISSING, "BitsStored"),
+        ({"SOPClassUID": "1.2.3.99"}, State.UNSUPPORTED, Code.E_SOP_CLASS, "not one of the standard"),
         ({"Rows": None}, State.QUARANTINED, Code.E_TAG_MISSING, "Rows"),
         ({"Rows": None, "SOPClassUID": KeyObjectSelection}, State.IGNORED, Code.E_NOT_IMAGE, ""),
         ({"Rows": None, "SOPClassUID": BasicTextSRStorage}, State.QUARANTINED, Code.E_REPORT_PARTIAL, ""),

@@ -204,14 +204,48 @@ def test_the_next_plugin_is_asked_where_the_fastest_fails(
 
     def as_array(self: LibraryDecoder, *arguments: Any, **options: Any) -> Any:
         asked.append(options["decoding_plugin"])
-        if options["decoding_plugin"]:
+        if options["decoding_plugin"] == "pylibjpeg":
             raise RuntimeError("not today")
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(LibraryDecoder, "as_array", as_array)
     dataset = dicom(syntax=RLELossless)
     assert decode(dataset).values.shape == (32, 32)
-    assert asked == ["pylibjpeg", ""]
+    assert asked == ["pylibjpeg", "pydicom"]
+
+
+class Panic(BaseException):
+    """What a library in Rust raises instead of crashing; no Exception by intention."""
+
+
+def test_a_decoder_that_panics_costs_its_file_only(dicom: Dicom, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_array(self: LibraryDecoder, *arguments: Any, **options: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(LibraryDecoder, "as_array", as_array)
+    raised: BaseException = Panic()
+    with pytest.raises(ValueError, match="the decoder panicked"):
+        decode(dicom(syntax=RLELossless))
+    raised = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        decode(dicom(syntax=RLELossless))
+
+
+@pytest.mark.parametrize("installed", [("gdcm",), ("gdcm", "pillow")])
+def test_a_decoder_that_ends_its_process_is_asked_for_want_of_any_other(
+    dicom: Dicom, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...]
+) -> None:
+    asked: list[str] = []
+
+    def as_array(self: LibraryDecoder, *arguments: Any, decoding_plugin: str, **options: Any) -> Any:
+        asked.append(decoding_plugin)
+        raise RuntimeError("damaged")
+
+    monkeypatch.setattr(LibraryDecoder, "as_array", as_array)
+    monkeypatch.setattr(LibraryDecoder, "available_plugins", installed)
+    with pytest.raises(RuntimeError, match="damaged"):
+        decode(dicom(syntax=JPEG2000Lossless))
+    assert asked == [installed[-1]]
 
 
 def test_every_fastest_plugin_is_known_to_the_library() -> None:
@@ -245,3 +279,11 @@ def test_video_is_a_compression_nobody_reads(dicom: Dicom) -> None:
         check_decodable(dataset)
     assert refused.value.rejected.code == Code.E_TRANSFER_SYNTAX
     assert "MPEG2" in refused.value.rejected.detail
+
+
+def test_a_compression_that_is_in_no_standard_is_not_quoted(dicom: Dicom) -> None:
+    dataset = dicom()
+    dataset.file_meta.TransferSyntaxUID = UID("1.2.19500102")  # a date of birth, for all anybody knows
+    with pytest.raises(RefusedError) as refused:
+        check_decodable(dataset)
+    assert refused.value.rejected.detail == "not one of the standard"
