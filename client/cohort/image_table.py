@@ -52,7 +52,7 @@ class ImageTable:
         image = self._table.need("image")
         for name in sorted({row[image] for row in self._rows}):
             path = self.path.parent / name
-            yield stamp(path, name) if path.is_file() else f"{name}\0absent"
+            yield stamp(path, name) if _is_file(path) else f"{name}\0absent"
 
     def scan(self, ordered_map: OrderedMap) -> Iterator[Entry]:
         """Yield one entry per row, in the table's order; a row needs no other process to be judged."""
@@ -65,7 +65,7 @@ class ImageTable:
             outcome: Candidate | Rejected
             if (image, text) in seen:
                 outcome = Rejected(State.DUPLICATE, Code.E_DUPLICATE_ROW)
-            elif not (image and path.is_file()):
+            elif not (image and _is_file(path)):
                 outcome = Rejected(State.QUARANTINED, Code.E_FILE_MISSING)
             elif columns.split and row[columns.split].lower() not in ("", *_IS_TEST):
                 outcome = Rejected(State.QUARANTINED, Code.E_BAD_SPLIT)
@@ -130,6 +130,14 @@ class _Columns:
             if held_out is not None:
                 found[row[self.patient]].add(held_out)
         return found
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is such a file; a cell that is no name, such as a whole report, names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _render(path: Path, size: int) -> tuple[Grey8, Sequence[Code]]:

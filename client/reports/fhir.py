@@ -91,8 +91,13 @@ def _parsed(data: bytes) -> Any:
 def _reports_in(document: Any) -> Iterator[tuple[Resource, Mapping[str, Resource]]]:
     """Yield every DiagnosticReport, with the resources it may refer to by their names in references."""
     if isinstance(document, list):
-        for part in document:
-            yield from _reports_in(part)
+        parts = [document]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, list):
+                parts.extend(reversed(part))
+            else:
+                yield from _reports_in(part)
         return
     entries = _items(document, "entry") if _string(document, "resourceType") == "Bundle" else []
     resources = [(_string(entry, "fullUrl"), _item(entry, "resource")) for entry in entries]

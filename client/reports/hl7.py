@@ -16,7 +16,7 @@ from pathlib import Path
 
 from client.cohort.errors import CohortSettingsError
 from client.cohort.outcomes import Code, RefusedError, Rejected, State
-from client.reports.files import NOT_REPORT, TOO_LARGE, ReportFiles, decoded, outcome_of
+from client.reports.files import NOT_REPORT, TOO_LARGE, UNREADABLE, ReportFiles, decoded, outcome_of
 from client.reports.headings import ADDENDUM, HEADINGS, KNOWN
 from client.reports.markup import plain_text
 from client.reports.report import Report, Status, moment
@@ -25,7 +25,9 @@ from client.reports.report import Report, Status, moment
 # systems fill OBR-3, the filler's order number, with it.
 ACCESSION_FIELDS = ("IPC-1", "OBR-18", "OBR-3", "ORC-3")
 MAX_MESSAGE_BYTES = 64 * 2**20  # with a PDF inside; a text alone is a few kilobytes
+MAX_SKIPPED = 80  # blanks for one escape sequence: a line
 
+_COMPONENTS = 5  # of a field that are looked at; damage may leave a million
 _FRAME = "\n\x00\x0b\x1c"  # MLLP puts 0x0B before a message and 0x1C 0x0D after it
 _BATCH = ("FHS", "BHS", "BTS", "FTS")
 _FIELD = re.compile(r"(?P<segment>[A-Z][A-Z0-9]{2})-(?P<number>[1-9]\d?)")
@@ -86,6 +88,9 @@ class Hl7Reports(ReportFiles):
             except RefusedError as refusal:
                 yield refusal.rejected
                 continue
+            except Exception:  # any type on a damaged message, which must not cost the next one
+                yield UNREADABLE
+                continue
             for order in orders:
                 yield outcome_of(partial(_report, message, order, self.accession_fields))
             if not orders:
@@ -130,12 +135,12 @@ class _Segment:
         return self.field(number).split(self.delimiters[1])
 
     def components(self, number: int) -> list[str]:
-        """Return the components of the first repetition, without escapes; always five."""
+        """Return the first five components of the first repetition, without escapes."""
         return self.split(self.repetitions(number)[0])
 
     def split(self, repetition: str) -> list[str]:
-        parts = [self.plain(part).strip() for part in repetition.split(self.delimiters[0])]
-        return parts + [""] * (5 - len(parts))
+        parts = repetition.split(self.delimiters[0], _COMPONENTS)[:_COMPONENTS]
+        return [self.plain(part).strip() for part in parts] + [""] * (_COMPONENTS - len(parts))
 
     def plain(self, text: str) -> str:
         """Return ``text`` with its escape sequences resolved; an unknown one stays as it is."""
@@ -152,12 +157,20 @@ class _Segment:
         if name in delimiters:
             return self.delimiters[delimiters[name]]
         if name[0] == "X":
-            return bytes.fromhex(name[1:]).decode(self.charset, errors="replace")
+            return _of_charset(bytes.fromhex(name[1:]), self.charset)
         if name.startswith((".br", ".sp", ".ce", ".fi", ".nf")):
             return "\n"
-        if name.startswith(".sk"):
-            return " " * min(int(name[3:] or 1), 80)
+        if skipped := re.fullmatch(r"\.sk ?\+?(\d*)", name):
+            return " " * min(int(skipped[1][-9:] or 1), MAX_SKIPPED)
         return {"F": self.fields[0], "P": "#"}.get(name, "")  # the rest is highlighting and character sets
+
+
+def _of_charset(data: bytes, charset: str) -> str:
+    """Decode escaped bytes; an encoding that is none for single bytes, such as Python's idna, gives way."""
+    try:
+        return data.decode(charset, errors="replace")
+    except (ValueError, LookupError):
+        return decoded(data)
 
 
 @dataclass(kw_only=True)
@@ -203,7 +216,7 @@ class _Message:
         data = b"\n".join(lines)
         try:
             text = data.decode(charset)
-        except (UnicodeError, LookupError):
+        except (ValueError, LookupError):  # a name with a NUL in it is a ValueError
             text, charset, remarks = decoded(data), "cp1252", (Code.W_CHARSET,)
         # A line that begins no segment goes on with the field before it: texts are sent with bare line ends.
         starts = re.compile(rf"\n(?=[A-Z][A-Z0-9]{{2}}{re.escape(separator)})")

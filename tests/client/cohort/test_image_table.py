@@ -54,6 +54,17 @@ def test_every_row_ends_somewhere(table: Path) -> None:
     assert len(ImageTable(table)) == 7
 
 
+def test_a_cell_that_can_be_no_files_name_names_none(tmp_path: Path) -> None:
+    """A report with a stray quotation mark slips into the column of images whole."""
+    path = tmp_path / "t.csv"
+    path.write_text("image,text,patient_id\n" + "x" * 5000 + ",Edema.,p\na\0b,Edema.,p\n../..,Edema.,p\n")
+    table = ImageTable(path)
+    assert [outcome.code for outcome in outcomes(table) if isinstance(outcome, Rejected)] == [
+        Code.E_FILE_MISSING
+    ] * 3
+    assert [line.endswith("absent") for line in table.stamps()] == [False, True, True, True]
+
+
 def test_a_patient_in_both_splits_goes_to_training(table: Path) -> None:
     first, second, third, *_ = outcomes(ImageTable(table))
     for row in (first, second):

@@ -172,6 +172,13 @@ def test_one_resource_to_a_line_costs_only_damaged_lines(tmp_path: Path) -> None
     assert isinstance(second, Report)
 
 
+def test_lists_in_lists_cost_no_other_line(tmp_path: Path) -> None:
+    depth = 900  # Python's parser reads it; a generator in a generator in a generator would not
+    found = outcomes(tmp_path, "[" * depth + json.dumps(resource()) + "]" * depth, resource())
+    assert all(isinstance(each, Report) for each in found)
+    assert len(found) == 2
+
+
 def test_a_list_and_indented_json_are_read(tmp_path: Path) -> None:
     assert len(outcomes(tmp_path, [resource(), resource()])) == 2
     assert isinstance(outcomes(tmp_path, json.dumps(resource(), indent=2))[0], Report)

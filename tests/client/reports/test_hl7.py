@@ -1,6 +1,8 @@
 """HL7 v2 messages as interface engines leave them."""
 
 import base64
+import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,8 @@ def test_the_messages_own_delimiters_are_honoured(folder: Path) -> None:
     [
         (r"a\F\b\S\c\T\d\R\e\E\f", "a|b^c&d~e\\f"),
         (r"one\.br\two\.sp\three\.sp 2\four", "one\ntwo\nthree\nfour"),
-        (r"a\.sk3\b", "a   b"),
+        (r"a\.sk3\b\.sk+1\c\.sk\d\.sk+\e\.sk-9\f", "a   b c d ef"),
+        ("a\\.sk" + "9" * 5000 + "\\b", "a" + " " * 80 + "b"),
         (r"\H\bold\N\ \.in+4\text", "bold text"),
         (r"\X41C3A9\ \X0D\end", "Aé \rend"),
         (r"\C2842\\M2442\x\Zfoo\ 1\2 \q\ c:\dir", r"x\Zfoo\ 1\2 \q\ c:\dir"),
@@ -106,6 +109,7 @@ def test_escapes_and_repetitions(folder: Path, sent: str, read: str) -> None:
         ("UNICODE UTF-8", "cp1252", (Code.W_CHARSET,)),
         ("KLINGON", "utf-8", (Code.W_CHARSET,)),
         ("HEX", "utf-8", (Code.W_CHARSET,)),
+        ("UNICODE\0UTF-8", "utf-8", (Code.W_CHARSET,)),
     ],
 )
 def test_a_character_set_is_believed_if_it_can_be(
@@ -277,6 +281,33 @@ def test_a_damaged_message_costs_itself(folder: Path) -> None:
     found = outcomes(folder, "MSH", "MSHxyz", "MSH|^^^^|", MSH, obx("x"), MSH, obr(), obx("x"))
     assert found[:4] == [unreadable, unreadable, unreadable, no_key]
     assert isinstance(found[4], Report)
+
+
+@pytest.mark.parametrize("charset", ["IDNA", "UNDEFINED", "PUNYCODE", "X\0Y"])
+def test_escaped_bytes_in_an_encoding_for_something_else_cost_no_message(folder: Path, charset: str) -> None:
+    patient = r"PID|1||p\XFFFE\1"
+    message = [MSH.replace("UNICODE UTF-8", charset), patient, obr(), obx(r"a\XFF\b")]
+    first, second = outcomes(folder, *message, MSH, PID, obr("A2"), obx("Clear."))
+    assert isinstance(first, Report)
+    assert isinstance(second, Report)
+    assert second.accession == "A2"
+
+
+def test_whatever_a_message_raises_costs_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patient(segment: object) -> str:
+        raise struct.error("planted")
+
+    monkeypatch.setattr(hl7, "_patient", patient)
+    found = outcomes(folder, MSH, PID, obr(), obx("x"), MSH, obr(), obx("x"))
+    assert found[0] == Rejected(State.QUARANTINED, Code.E_UNREADABLE)
+    assert isinstance(found[1], Report)
+
+
+def test_a_field_of_a_million_components_takes_no_time(folder: Path) -> None:
+    began = time.process_time()
+    name = "18748-4^Report" + "^" * 10**6
+    assert report(folder, MSH, PID, obr(), *[obx("Clear.", name)] * 4).text
+    assert time.process_time() - began < 3
 
 
 def test_a_message_beyond_all_measure_costs_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
