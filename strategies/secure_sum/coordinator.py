@@ -130,6 +130,9 @@ class SecureSum:
     def survivors(self) -> tuple[str, ...]:
         """Whom the sum is of: what to send to each of them.
 
+        A site that consents will never consent to another sum of its answer to this request. So keep these
+        names before sending them: once one of the sites has them, another attempt needs exactly these.
+
         Raises:
             TooFewSites: fewer than the threshold.
         """

@@ -113,7 +113,8 @@ class Terms(_Strict):
     @cached_property
     def lasting(self) -> str:
         """Identity of the terms but for the attempt."""
-        return digest("terms", {**asdict(self), "attempt": None})
+        # As a float, whatever it was written as: 4 and 4.0 are the same range.
+        return digest("terms", {**asdict(self), "attempt": None, "value_range": float(self.value_range)})
 
     @cached_property
     def session(self) -> str:

@@ -125,6 +125,7 @@ def test_all_of_the_terms_decide_the_session_and_all_but_the_attempt_what_lasts(
     others = [replace(agreed, **change) for change in changes]
     assert len({one.session for one in (agreed, *others)}) == len(changes) + 1
     assert len({one.lasting for one in (agreed, *others)}) == len(changes) + 1
+    assert replace(agreed, value_range=4).session == agreed.session  # as it may come out of a settings file
     again = replace(agreed, attempt=2)
     assert again.lasting == agreed.lasting
     assert again.session != agreed.session

@@ -1,6 +1,7 @@
 """What a site refuses a coordinator, or another site, that does not keep to the protocol."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from strategies.secure_sum import site as site_module
 from strategies.secure_sum.errors import OutOfRange, PeerRefused, StepRefused, TermsRefused
-from strategies.secure_sum.messages import offer_statement
+from strategies.secure_sum.messages import Consent, consent_statement, offer_statement
 from tests.strategies.secure_sum.hospitals import (
     KEYS,
     NAMES,
@@ -293,6 +296,56 @@ def test_a_consent_of_another_attempt_is_refused() -> None:
     old = attempt().until("consent").consents[1]
     with pytest.raises(PeerRefused, match="consent of 'site-2' is not signed"):
         made.sites["site-1"].reveal((made.consents[0], old, *made.consents[2:]))
+
+
+def opened_by(
+    choices: Mapping[str, Sequence[str]], *, colluders: Collection[str], threshold: int
+) -> set[str]:
+    """The honest sites both of whose secrets a coordinator knows after showing each honest site its choice.
+
+    ``colluders`` sign all that helps, and hand over both shares of every site.
+    """
+    agreed = terms(threshold=threshold)
+    made = Attempt(agreed, updates(agreed, size=1)).until("mask")
+    given = {name: made.sites[name].consent(survivors) for name, survivors in choices.items()}
+    known = {(which, name): set(colluders) for which in ("seed", "key") for name in agreed.names}
+    for name, survivors in choices.items():
+        statement = consent_statement(agreed, offers=made.offers, dealers=agreed.names, survivors=survivors)
+        helpful = [given[peer] for peer in choices if sorted(choices[peer]) == sorted(survivors)]
+        helpful += [
+            Consent(site=peer, signature=KEYS[NAMES.index(peer)].sign(statement).hex())
+            for peer in colluders
+            if peer in survivors
+        ]
+        with suppress(StepRefused):  # fewer than the threshold
+            said = made.sites[name].reveal(helpful)
+            for dealer in said.seeds:
+                known["seed", dealer].add(name)
+            for dealer in said.keys:
+                known["key", dealer].add(name)
+    return {name for name in choices if min(len(known["seed", name]), len(known["key", name])) >= threshold}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_a_lying_coordinator_shows_to_whom_it_never_gets_both_secrets_of_a_site(
+    data: st.DataObject,
+) -> None:
+    threshold = data.draw(st.integers(3, 5))
+    colluders = NAMES[: data.draw(st.integers(0, 2 * threshold - 5 - 1))]
+    honest = [name for name in NAMES[:5] if name not in colluders]
+    choices = {}
+    for name in honest:
+        others = data.draw(st.permutations([other for other in NAMES[:5] if other != name]))
+        choices[name] = [name, *others[: data.draw(st.integers(threshold - 1, 4))]]
+    assert opened_by(choices, colluders=colluders, threshold=threshold) == set()
+
+
+def test_with_one_colluder_more_than_promised_a_lying_coordinator_opens_an_update() -> None:
+    """The stated bound is tight: 3 colluders are 2 * 4 - 5, so no longer fewer."""
+    colluders = NAMES[2:5]
+    choices = {"site-1": NAMES[:5], "site-2": ["site-2", *colluders]}
+    assert opened_by(choices, colluders=colluders, threshold=4) == {"site-1"}
 
 
 # --- the same request again ---------------------------------------------------------------------------------
