@@ -74,6 +74,7 @@ class Outer:
     Attributes:
         inputs: a, shape (P, T, d).
         gradients: g, gradients of the loss in the product's outputs, shape (P, T, p).
+        places: How many there were before those without a gradient were left out, at least T.
         shape: The parameter's, with p * d elements.
 
     Source:
@@ -83,6 +84,7 @@ class Outer:
 
     inputs: Tensor
     gradients: Tensor
+    places: int
     shape: torch.Size
 
     def squared_norms(self, at_least: torch.dtype = torch.float32) -> Tensor:
@@ -174,14 +176,47 @@ class Rows:
 
 
 def product(inputs: Tensor, gradients: Tensor, shape: torch.Size) -> Outer | Dense:
-    """Gradients of a matrix from inputs (P, T, d) and output gradients (P, T, p), in the cheaper form.
+    """Gradients of a matrix from inputs (P, T, d) and output gradients (P, T, p), in the cheaper form."""
+    places = inputs.shape[1]
+    inputs, gradients = _felt(inputs, gradients)
+    return _cheaper(Outer(inputs=inputs, gradients=gradients, places=places, shape=shape))
+
+
+def _cheaper(found: Outer) -> Outer | Dense:
+    """As it is or multiplied out, whichever costs less if no place is left out.
 
     In memory they change sides at T (d + p) = d p, which is what the factors hold and what they make. In time
-    they were measured to at half of it (Gram matrices cost as much as half the multiplying out). In between:
+    they were measured to at half of it (Gram matrices cost as much as half the multiplying out). In between,
+    and whatever was left out: the forms overflow at different numbers, and which it is must not be for other
+    patients to say.
     """
-    found = Outer(inputs=inputs, gradients=gradients, shape=shape)
-    (places, d), p = inputs.shape[1:], gradients.shape[2]
-    return found if 3 * places * (d + p) < 2 * d * p else Dense(values=found.dense())
+    d, p = found.inputs.shape[2], found.gradients.shape[2]
+    return found if 3 * found.places * (d + p) < 2 * d * p else Dense(values=found.dense())
+
+
+def _felt(inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """As many places as the patient has whose loss feels most of them: (P, T, ...) to (P, T', ...).
+
+    A tower that is pooled at one token has no gradient at the others in its last layer, and a causal one none
+    at the padding. A gradient of zero adds nothing, unless its input is not finite: such a patient counts as
+    zero here too, or the places of one patient would decide whether another counts.
+    """
+    some = inputs.numel() and gradients.numel()
+    if not some or not gradients.is_cpu or _not_zero(gradients[:1]).all():  # to look is to wait for a GPU
+        return inputs, gradients
+    felt = _not_zero(gradients)
+    places = max(1, int(felt.sum(1).max()))
+    if 4 * places > 3 * gradients.shape[1]:
+        return inputs, gradients
+    kept = felt.to(torch.int8).argsort(dim=1, descending=True)[:, :places]
+    rows = torch.arange(len(kept))[:, None]
+    not_a_number = 0 * inputs.amax((1, 2)) + 0 * inputs.amin((1, 2))  # or zero
+    return inputs[rows, kept], gradients[rows, kept] + not_a_number[:, None, None]
+
+
+def _not_zero(gradients: Tensor) -> Tensor:
+    """Where a place (P, T) has a gradient, NaN included; its square could round to zero."""
+    return (gradients.amax(2) != 0) | (gradients.amin(2) != 0)
 
 
 def together(uses: Sequence[Contribution]) -> Contribution:
@@ -217,8 +252,14 @@ def _summed_squares(contributions: Collection[Contribution], at_least: torch.dty
 def _joined(first: Contribution, second: Contribution) -> Contribution:
     match first, second:
         case Outer(), Outer():
-            inputs = torch.cat([first.inputs, second.inputs], dim=1)
-            return product(inputs, torch.cat([first.gradients, second.gradients], dim=1), first.shape)
+            return _cheaper(
+                Outer(
+                    inputs=torch.cat([first.inputs, second.inputs], dim=1),
+                    gradients=torch.cat([first.gradients, second.gradients], dim=1),
+                    places=first.places + second.places,
+                    shape=first.shape,
+                )
+            )
         case Rows(), Rows():
             return Rows.of(
                 torch.cat([first.owners, second.owners]),

@@ -661,6 +661,11 @@ def test_sums_of_a_half_precision_module_are_single() -> None:
     assert norm(found) > 0.05
 
 
+def outer(inputs: Tensor, gradients: Tensor) -> Outer:
+    (_, places, d), p = inputs.shape, gradients.shape[2]
+    return Outer(inputs=inputs, gradients=gradients, places=places, shape=torch.Size([p, d]))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     places=st.sampled_from([1, 2, 7, 64]),
@@ -689,11 +694,11 @@ def test_however_much_cancels_no_clipped_contribution_is_longer_than_the_bound(
         half = places // 2
         inputs[:, half : 2 * half] = inputs[:, :half]
         gradients[:, half : 2 * half] = -cancelled * gradients[:, :half]
-    form = Outer(inputs=inputs, gradients=gradients, shape=torch.Size([widths[1], widths[0]]))
+    form = outer(inputs, gradients)
     squares = form.squared_norms()
     if not squares.isfinite():
         squares = form.squared_norms(torch.float64)
-    exact = norm({"": Outer(inputs=inputs.double(), gradients=gradients.double(), shape=form.shape).dense()})
+    exact = norm({"": outer(inputs.double(), gradients.double()).dense()})
     assert float(squares.sqrt()) >= exact * (1 - 1e-6)
     for bound in (1e-6, 1.0, 1e3):
         clipped = form.weighted_sum(clip_factors(squares.sqrt(), max_grad_norm=bound))
@@ -708,7 +713,7 @@ def test_nor_where_only_one_of_two_that_cancel_is_rounded_down(width: int) -> No
     under = 0.0
     for left in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
         gradients[:, 0], gradients[:, 1] = 1.0, -(1 - left) * 1.3 / 1.25
-        form = Outer(inputs=inputs, gradients=gradients, shape=torch.Size([64, width]))
+        form = outer(inputs, gradients)
         exact = norm({"": gradients.double().mT @ inputs.double()})
         grams = (inputs @ inputs.mT) * (gradients @ gradients.mT)
         under = min(under, float(grams.sum()) - exact**2)
@@ -772,7 +777,7 @@ def forms(*, seed: int) -> list[Any]:
     owners, ids = torch.tensor([0, 0, 1, 0, 2, 2]), torch.tensor([1, 1, 4, 0, 3, 3])
     return [
         Dense(values=numbers(3, 5, 4)),
-        Outer(inputs=numbers(3, 2, 4), gradients=numbers(3, 2, 5), shape=shape),
+        outer(numbers(3, 2, 4), numbers(3, 2, 5)),
         Rows.of(owners, ids, numbers(6, 4), patients=3, shape=shape),
     ]
 
@@ -800,6 +805,112 @@ def test_a_product_takes_the_smaller_form() -> None:
     assert isinstance(wide, Outer)
     assert isinstance(narrow, Dense)
     assert isinstance(together([wide] * 40), Dense)
+
+
+# --- places without a gradient ------------------------------------------------------------------------------
+
+FELT = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4)
+
+
+def partly_felt(
+    felt: list[list[bool]], *, width: int = 40, seed: int = 0
+) -> tuple[Tensor, Tensor, torch.Size]:
+    """Inputs and gradients, the latter zero where not ``felt``, of one place more that nobody feels."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = F.pad(torch.tensor(felt), (0, 1))
+    inputs, gradients = torch.randn(2, *mask.shape, width, generator=generator, dtype=torch.float64)
+    return inputs, gradients * mask[..., None], torch.Size([width, width])
+
+
+@settings(max_examples=60, deadline=None)
+@given(felt=FELT, width=st.sampled_from([3, 40]), seed=st.integers(0, 10**6))
+def test_places_without_a_gradient_are_left_out_and_nothing_changes(
+    felt: list[list[bool]], width: int, seed: int
+) -> None:
+    inputs, gradients, shape = partly_felt(felt, width=width, seed=seed)
+    found = product(inputs, gradients, shape)
+    dense = gradients.mT @ inputs
+    assert torch.allclose(found.dense(), dense, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(found.squared_norms(), dense.flatten(1).square().sum(1), rtol=1e-9, atol=1e-200)
+    factors = torch.linspace(0.5, 1.0, len(felt), dtype=torch.float64)
+    assert torch.allclose(found.weighted_sum(factors), torch.einsum("p,pij->ij", factors, dense))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    felt=FELT,
+    place=st.integers(0, 5),
+    width=st.sampled_from([3, 40]),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+def test_whether_a_patient_counts_is_not_for_the_places_of_others_to_say(
+    felt: list[list[bool]], place: int, width: int, value: float
+) -> None:
+    inputs, gradients, shape = partly_felt(felt, width=width)
+    inputs[0, place, 1] = value
+    found = product(inputs, gradients, shape).squared_norms().isfinite()
+    alone = product(inputs[:1], gradients[:1], shape).squared_norms().isfinite()
+    assert found.tolist() == [False] + [True] * (len(felt) - 1)
+    assert not alone
+
+
+@pytest.mark.parametrize(("width", "uses"), [(10, 1), (20, 2)])
+def test_nor_is_the_form_which_says_what_overflows(width: int, uses: int) -> None:
+    """Multiplied out a gradient may be infinite where its factors are not."""
+    inputs, gradients, shape = partly_felt([[True, *[False] * 4], [True] * 5], width=width)
+    both, alone = (
+        together([product(inputs[:patients], gradients[:patients], shape)] * uses) for patients in (2, 1)
+    )
+    assert isinstance(both, Dense)
+    assert isinstance(alone, Dense)
+
+
+def test_of_the_last_layer_of_a_pooled_tower_only_that_place_is_kept() -> None:
+    inputs, gradients, shape = partly_felt([[False, False, True, False, False]] * 3)
+    found = product(inputs, gradients, shape)
+    assert isinstance(found, Outer)
+    assert found.inputs.shape == (3, 1, 40)
+    assert torch.equal(found.gradients, gradients[:, 2:3])
+
+
+def test_a_gradient_whose_square_is_zero_is_a_gradient() -> None:
+    inputs, gradients, shape = partly_felt([[True, False, False, False, False]] * 2)
+    gradients[:, 3, 0], gradients[:, 4, 1] = 1e-30, -1e-42
+    found = product(inputs.float(), gradients.float(), shape)
+    assert isinstance(found, Outer)
+    assert found.inputs.shape == (2, 3, 40)
+
+
+def test_a_layer_without_features_has_a_product_too() -> None:
+    for d, p in ((0, 3), (3, 0)):
+        found = product(torch.ones(2, 4, d), torch.zeros(2, 4, p), torch.Size([p, d]))
+        assert found.squared_norms().tolist() == pytest.approx([0, 0], abs=1e-30)
+
+
+class Pooled(nn.Module):
+    """The first token after layers that all tokens go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 16), nn.Linear(16, 16)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        tokens: Tensor = self.second(self.first(rows).relu())
+        return tokens[:, 0]
+
+
+def test_a_pooled_tower_gives_the_gradients_of_a_loop_over_patients() -> None:
+    check(Wrapped(seeded(Pooled())), batch_of(TOKENS, WIDTH, patients=4, studies=2))
+
+
+def test_a_patient_who_overflows_where_nothing_is_felt_counts_as_zero() -> None:
+    module = Wrapped(seeded(Pooled())).float()
+    batch = in_precision(batch_of(TOKENS, WIDTH, patients=3, studies=1), torch.float32)
+    batch["images"][0, :, 1] = 3e38
+    found = BookKeepingEngine(module, losses).clipped_sum(batch, max_grad_norm=1.0)
+    others = {name: value[1:] for name, value in batch.items()}
+    expected = BookKeepingEngine(module, losses).clipped_sum(others, max_grad_norm=1.0)
+    assert difference(found, expected) <= 1e-6
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
