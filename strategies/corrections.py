@@ -50,7 +50,7 @@ class Correction(Protocol):
         """Learn from a site's update; one that was refused by the rule does not come here."""
 
     def finish(self, update: Arrays) -> Arrays:
-        """End the round: the combined update as it shall move the weights."""
+        """End the round: the combined update as it shall move the weights; it may lie in the one given."""
 
     def state(self) -> Arrays:
         """What a checkpoint needs beside the correction's folder."""
@@ -204,6 +204,7 @@ class FedDyn:
             update,
             lambda at: at.of(update).astype(np.float64) - at.of(mean).astype(np.float64) / self.proximal,
             what="the update of FedDyn",
+            into=update,
         )
 
     def state(self) -> Arrays:

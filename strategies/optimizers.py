@@ -1,10 +1,11 @@
 """How the combined update moves the global weights: the coordinator's optimizer.
 
 The combined update takes the place of a negative gradient. All of it is post-processing of releases. Moments
-are kept in float32 and every step is computed in float64, so a step costs its own new arrays and some blocks.
+are kept in float32 and every step is computed in float64.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ class ServerOptimizer(Protocol):
     """Moves the weights once a round."""
 
     def step(self, base: Arrays, update: Arrays) -> Arrays:
-        """The new weights, float32; neither argument is changed.
+        """The new weights, float32, in the place of ``update``, which is used up; ``base`` is not changed.
 
         Raises:
             CannotCombine: a value does not fit into float32.
@@ -42,7 +43,7 @@ class Plain:
 
     def step(self, base: Arrays, update: Arrays) -> Arrays:
         """The base plus the scaled update."""
-        return fitted(base, lambda at: _double(at, base) + self._rate * _double(at, update), what=_WEIGHTS)
+        return _moved(update, lambda at: _double(at, base) + self._rate * _double(at, update))
 
     def state(self) -> Arrays:
         """Nothing."""
@@ -69,9 +70,7 @@ class Momentum:
         self._velocity = fitted(
             base, lambda at: self._momentum * _double(at, velocity) + _double(at, update), what="the velocity"
         )
-        return fitted(
-            base, lambda at: _double(at, base) + self._rate * _double(at, self._velocity), what=_WEIGHTS
-        )
+        return _moved(update, lambda at: _double(at, base) + self._rate * _double(at, self._velocity))
 
     def state(self) -> Arrays:
         """The velocity."""
@@ -126,9 +125,8 @@ class _Adaptive(ABC):
             root = np.sqrt(_double(at, new_square))
             return np.asarray(_double(at, base) + rate * _double(at, new_mean) / (root + self._tau))
 
-        weights = fitted(base, moved, what=_WEIGHTS)
         self._mean, self._square, self._steps = new_mean, new_square, steps
-        return weights
+        return _moved(update, moved)
 
     def state(self) -> Arrays:
         """Both moments and the number of steps."""
@@ -185,7 +183,8 @@ class FedAdagrad(_Adaptive):
         return square + squared_update
 
 
-_WEIGHTS = "the new weights"
+def _moved(update: Arrays, values: Callable[[Piece], Values]) -> Arrays:
+    return fitted(update, values, what="the new weights", into=update)
 
 
 def _double(at: Piece, arrays: Arrays) -> Values:

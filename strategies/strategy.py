@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from privacy.noise import GaussianNoise
 from strategies.corrections import Correction, FedDyn, Proximal, Scaffold
+from strategies.hospital_dp import HospitalDp, HospitalMean
 from strategies.messages import Arrays
 from strategies.optimizers import FedAdagrad, FedAdam, FedYogi, Momentum, Plain, ServerOptimizer
 from strategies.rules.fairness import Fairness, LossPower, WorstFirst
@@ -19,7 +21,7 @@ from strategies.settings import Settings
 
 StrategyName = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "feddyn",
-    "median", "trimmed-mean", "krum", "multi-krum", "norm-bound", "q-ffl", "afl",
+    "median", "trimmed-mean", "krum", "multi-krum", "norm-bound", "q-ffl", "afl", "hospital-dp",
 ]  # fmt: skip
 SUMMED = frozenset({"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"})
 MakeRule = Callable[[Arrays], Rule]
@@ -44,6 +46,9 @@ class StrategySettings(Settings):
         fairness: q-ffl: power of the loss in a site's weight.
         loss_rate: afl: how fast weight moves to the sites with the largest losses.
         floor: afl: share of all weight that is always spread evenly.
+        update_norm: hospital-dp: bound C on a hospital's whole update.
+        noise_multiplier: hospital-dp: noise standard deviation divided by C.
+        hospitals: hospital-dp: how many are invited; the public divisor of their sum.
     """
 
     name: StrategyName = "fedavg"
@@ -61,8 +66,11 @@ class StrategySettings(Settings):
     fairness: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     loss_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     floor: float | None = Field(default=None, ge=0, le=1)
+    update_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    noise_multiplier: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    hospitals: int | None = Field(default=None, ge=1)
 
-    # What each has, with its default; null: it does something of its own when the key is not there.
+    # What each has, with its default; null: it must be given, or something of its own is done without it.
     DEFAULTS: ClassVar[Mapping[str, Mapping[str, float | None]]] = {
         "fedprox": {"proximal_mu": 0.01},
         "fedavgm": {"server_learning_rate": 1.0, "server_momentum": 0.9},
@@ -76,6 +84,7 @@ class StrategySettings(Settings):
         "norm-bound": {"norm_bound": None},
         "q-ffl": {"fairness": 1.0},
         "afl": {"loss_rate": 0.1, "floor": 0.1},
+        "hospital-dp": {"update_norm": None, "noise_multiplier": None, "hospitals": None},
     }
 
     @model_validator(mode="after")
@@ -85,6 +94,13 @@ class StrategySettings(Settings):
             if getattr(self, key) is not None and key not in own:
                 has = f"it has {', '.join(map(_kebab, own))}" if own else "it has none"
                 raise ValueError(f"strategy {self.name!r} has no {_kebab(key)}: remove the key ({has})")
+        return self
+
+    @model_validator(mode="after")
+    def _all_of_hospital_dp(self) -> Self:
+        missing = [_kebab(key) for key, value in self.parameters.items() if value is None]
+        if self.name == "hospital-dp" and missing:
+            raise ValueError(f"strategy 'hospital-dp' has no default for {', '.join(missing)}: set it")
         return self
 
     @property
@@ -118,6 +134,22 @@ class StrategySettings(Settings):
     def needs_losses(self) -> bool:
         """Whether sites must release a noised loss, charged to their budgets."""
         return self.name in ("q-ffl", "afl")
+
+    def hospital_dp(self, *, rounds: int) -> HospitalDp:
+        """What hospital-dp does in so many rounds, for its accountant and its report.
+
+        Raises:
+            CannotCombine: another strategy is named.
+        """
+        if self.name != "hospital-dp":
+            raise CannotCombine(f"strategy {self.name!r} makes no claim about hospitals")
+        own = self.parameters
+        return HospitalDp(
+            max_update_norm=own["update_norm"],
+            noise_multiplier=own["noise_multiplier"],
+            hospitals=own["hospitals"],
+            rounds=rounds,
+        )
 
     def require_training(self, *, optimizer: str, schedule: str, epochs: int | None) -> None:
         """Refuse local training whose updates do not mean what the strategy takes them for.
@@ -332,6 +364,9 @@ def _rule_maker(settings: StrategySettings, folder: Path) -> MakeRule:
             return lambda like: Krum(
                 like, folder=folder, attackers=own["attackers"], selected=own["selected"]
             )
+        case "hospital-dp":
+            mechanism = settings.hospital_dp(rounds=1)  # noise and bound are those of any round
+            return lambda like: HospitalMean(like, folder=folder, mechanism=mechanism, noise=GaussianNoise())
         case "norm-bound" if own["norm_bound"] is None:
             return lambda like: MedianNormBound(like, folder=folder)
         case "norm-bound":

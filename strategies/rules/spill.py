@@ -58,19 +58,21 @@ def fitted(
     *,
     what: str,
     at_most: int = BLOCK,
+    into: Arrays | None = None,
 ) -> Arrays:
-    """New float32 arrays shaped as ``like``, piece by piece, each value rounded once.
+    """Fill float32 arrays shaped as ``like``, piece by piece, each value rounded once.
 
     Args:
         like: Names and shapes.
         values: The values of a piece.
         what: Names the arrays in the error.
         at_most: Values of one piece.
+        into: Arrays to fill; ``values`` may read from the same place in them. Without them new ones are made.
 
     Raises:
         CannotCombine: a value does not fit into float32, or is not a number.
     """
-    arrays = {name: np.empty(value.shape, dtype=np.float32) for name, value in like.items()}
+    arrays = into or {name: np.empty(value.shape, dtype=np.float32) for name, value in like.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # found and named below
         for piece in pieces(like, at_most=at_most):
             rounded = piece.of(arrays)
@@ -119,7 +121,11 @@ class Sums:
         """Add ``factor`` times the update."""
         for piece in pieces(self._like):
             scaled = np.multiply(piece.of(update), factor, dtype=np.float64)
-            self._file.write(piece.start, self._file.read(piece.start, piece.size) + scaled)
+            self._file.write(piece.start, self.at(piece) + scaled)
+
+    def at(self, piece: Piece) -> NDArray[np.float64]:
+        """Values of the sum; read-only."""
+        return self._file.read(piece.start, piece.size)
 
     def over(self, divisor: float) -> Arrays:
         """The sum divided, rounded once to float32.
@@ -127,11 +133,7 @@ class Sums:
         Raises:
             CannotCombine: a value does not fit into float32.
         """
-
-        def quotient(piece: Piece) -> NDArray[np.float64]:
-            return np.asarray(self._file.read(piece.start, piece.size) / divisor)
-
-        return fitted(self._like, quotient, what="the combined update")
+        return fitted(self._like, lambda piece: self.at(piece) / divisor, what="the combined update")
 
 
 class Rows:

@@ -21,8 +21,8 @@ each_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def walked(optimizer: ServerOptimizer, base: Arrays, updates: list[Arrays]) -> Arrays:
-    for update in updates:
-        base = optimizer.step(base, update)
+    for update in updates:  # each is used up
+        base = optimizer.step(base, {name: value.copy() for name, value in update.items()})
     return base
 
 
@@ -80,15 +80,14 @@ def test_restored_it_goes_on_with_the_same_bits(
 
 
 @each_optimizer
-def test_nothing_given_is_changed_and_the_result_is_float32(make: Callable[[], ServerOptimizer]) -> None:
+def test_the_base_is_not_changed_and_the_result_is_float32(make: Callable[[], ServerOptimizer]) -> None:
     base, update = drawn(0, 2)
-    copies = [{name: value.copy() for name, value in each.items()} for each in (base, update)]
+    copy = {name: value.copy() for name, value in base.items()}
     moved = make().step(base, update)
-    for each, copy in zip((base, update), copies, strict=True):
-        for name in each:
-            np.testing.assert_array_equal(each[name], copy[name])
-            assert moved[name].dtype == np.float32
-            assert moved[name].shape == each[name].shape
+    for name in base:
+        np.testing.assert_array_equal(base[name], copy[name])
+        assert moved[name].dtype == np.float32
+        assert moved[name].shape == base[name].shape
 
 
 @each_optimizer

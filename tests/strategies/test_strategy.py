@@ -15,11 +15,17 @@ from tests.strategies.updates import drawn, one
 
 NAMES = get_args(StrategyName)
 each_name = pytest.mark.parametrize("name", NAMES)
+each_without_noise = pytest.mark.parametrize("name", [name for name in NAMES if name != "hospital-dp"])
+REQUIRED = {"hospital-dp": {"update-norm": 9.0, "noise-multiplier": 1e-6, "hospitals": 6}}
 SITES = 6
 
 
+def settings_of(name: str, **changes: Any) -> StrategySettings:
+    return StrategySettings.model_validate({"name": name, **REQUIRED.get(name, {}), **changes})
+
+
 def named(name: str, folder: Path) -> Strategy:
-    return strategy_of(StrategySettings.model_validate({"name": name}), folder=folder, step_length=0.5)
+    return strategy_of(settings_of(name), folder=folder, step_length=0.5)
 
 
 def played(strategy: Strategy, base: Arrays, server_round: int) -> Arrays:
@@ -36,7 +42,7 @@ def bits(arrays: Arrays) -> dict[str, bytes]:
     return {name: value.tobytes() for name, value in arrays.items()}
 
 
-@each_name
+@each_without_noise
 def test_interrupted_anywhere_a_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     base = drawn(0, 1)[0]
     whole = named(name, tmp_path / "whole")
@@ -59,7 +65,7 @@ def test_interrupted_anywhere_a_run_ends_with_the_same_bits(name: str, tmp_path:
         assert bits(arrays) == bits(straight[server_round + 1])
 
 
-@each_name
+@each_without_noise
 def test_a_round_that_is_begun_again_forgets_what_it_took_in(name: str, tmp_path: Path) -> None:
     base = drawn(0, 1)[0]
     once, twice = named(name, tmp_path / "once"), named(name, tmp_path / "twice")
@@ -70,7 +76,7 @@ def test_a_round_that_is_begun_again_forgets_what_it_took_in(name: str, tmp_path
     assert bits(played(once, first[0], 1)) == bits(played(twice, first[1], 1))
 
 
-@each_name
+@each_without_noise
 def test_a_refused_update_leaves_no_trace(name: str, tmp_path: Path) -> None:
     base = drawn(0, 1)[0]
     with_it, without = named(name, tmp_path / "with"), named(name, tmp_path / "without")
@@ -87,7 +93,7 @@ def test_a_refused_update_leaves_no_trace(name: str, tmp_path: Path) -> None:
 
 @each_name
 def test_what_the_settings_say_of_a_strategy_is_what_it_is(name: str, tmp_path: Path) -> None:
-    settings, strategy = StrategySettings.model_validate({"name": name}), named(name, tmp_path)
+    settings, strategy = settings_of(name), named(name, tmp_path)
     strategy.begin(one(0.0))
     assert strategy.is_sum == settings.is_sum
     assert strategy.fair == settings.needs_losses
@@ -98,7 +104,7 @@ def test_what_the_settings_say_of_a_strategy_is_what_it_is(name: str, tmp_path: 
 def test_the_fewest_sites_are_enough_and_one_fewer_is_refused_where_it_must_be(
     name: str, tmp_path: Path
 ) -> None:
-    fewest = StrategySettings.model_validate({"name": name}).fewest_sites
+    fewest = settings_of(name).fewest_sites
     strategy = named(name, tmp_path)
     strategy.begin(one(0.0))
     for number in range(fewest):
@@ -107,7 +113,7 @@ def test_the_fewest_sites_are_enough_and_one_fewer_is_refused_where_it_must_be(
     strategy.begin(one(0.0))
     for number in range(fewest - 1):
         strategy.fold(f"site-{number}", one(1.0), 1.0)
-    if name != "median":  # of two it is their mean: it protects from nobody, and is defined
+    if name not in ("median", "hospital-dp"):  # the median of two protects nobody, noise alone all; both are
         with pytest.raises(CannotCombine):
             strategy.finish()
 
@@ -129,7 +135,7 @@ def test_only_fedprox_and_feddyn_pull_sites_back() -> None:
 
 
 def _proximal(name: str) -> float:
-    own = StrategySettings.model_validate({"name": name}).parameters
+    own = settings_of(name).parameters
     return float(own.get("proximal_mu", 0.0) or own.get("alpha", 0.0))
 
 
@@ -179,6 +185,7 @@ def test_another_strategy_s_state_is_refused(tmp_path: Path) -> None:
         ({"name": "fedprox", "proximal-mu": -1}, "proximal-mu"),
         ({"name": "trimmed-mean", "trim-share": 0.5}, "trim-share"),
         ({"name": "bulyan"}, "name"),
+        ({"name": "hospital-dp", "hospitals": 5}, "no default for update-norm, noise-multiplier: set it"),
         ({"name": "krum", "atackers": 1}, "did you mean 'attackers'"),
     ],
 )
@@ -191,7 +198,7 @@ def test_settings_that_cannot_be_meant_are_named(settings: dict[str, Any], messa
 def test_every_hyper_parameter_can_be_given_and_counts(name: str) -> None:
     for key, default in StrategySettings.DEFAULTS.get(name, {}).items():
         value = 0.25 if isinstance(default, float) else 3
-        settings = StrategySettings.model_validate({"name": name, key.replace("_", "-"): value})
+        settings = settings_of(name, **{key.replace("_", "-"): value})
         assert settings.parameters[key] == value
 
 
@@ -217,6 +224,14 @@ def test_scaffold_refuses_training_it_cannot_read_gradients_off(training: Any, m
     StrategySettings(name="scaffold").require_training(optimizer="sgd", schedule="constant", epochs=None)
     with pytest.raises(ValueError, match=message):
         StrategySettings(name="scaffold").require_training(**training)
+
+
+def test_hospital_dp_says_what_its_rounds_cost(tmp_path: Path) -> None:
+    settings = settings_of("hospital-dp", **{"noise-multiplier": 3.0})
+    mechanism = settings.hospital_dp(rounds=20)
+    assert (mechanism.unit, mechanism.rounds, mechanism.noise_std) == ("hospital", 20, 27.0)
+    with pytest.raises(CannotCombine, match="'fedavg' makes no claim about hospitals"):
+        settings_of("fedavg").hospital_dp(rounds=20)
 
 
 def test_a_model_of_no_arrays_stays_one(tmp_path: Path) -> None:
