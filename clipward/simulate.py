@@ -1,7 +1,6 @@
 """A whole federation on one machine: the same ServerApp and ClientApp as in hospitals, another engine."""
 
 import logging
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from client.cohort.salt import SALT_FILE
 from client.cohort.tables import read_table
 from client.site import SITE_FILE, Site
 from clipward.backends import run_in_process, run_on_ray
+from clipward.heterogeneity import SITE, cut_table, pool, require_known, site_names
 from clipward.public_start import Progress, evaluation_set, prepare_start
 from clipward.report import write_report
 from clipward.summary import summarise, write_summary
@@ -29,7 +29,7 @@ from encoders.parts import TrainablePart
 from server import checkpoints
 from server.app import coordinate
 from server.evaluation import EvaluationSet, evaluator
-from server.federation import Federation, Privacy, Simulation
+from server.federation import Federation, Privacy, Simulation, SitePolicy
 from server.metrics import Event, read_events
 from server.start import STARTS, Prepared, part_of, start_of
 from strategies.files import write_text
@@ -144,27 +144,27 @@ def prepare_sites(federation: Federation, run_dir: Path) -> list[Path]:
     folders = site_folders(simulation.sites) if simulation.sites else []
     if not folders:
         raise SettingsError(f"no site in {simulation.sites}: expected sub-folders with a {SITE_FILE}")
-    return folders
+    if not simulation.changed:
+        return folders
+    pooled = simulation.model_copy(update={"by": "site"})
+    return _cut(pool(folders, run_dir / "pool"), pooled, run_dir / "sites")
 
 
 def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
-    """One site per value of the table's column."""
+    """The sites of one table: one per value of its column, or those made for a study."""
+    by = simulation.by
+    if simulation.changed:
+        table, by = cut_table(table, simulation, root), SITE
     rows = read_table(table)
-    column, patient = rows.need(simulation.by), rows.need("patient_id")
+    column, patient = rows.need(by), rows.need("patient_id")
     patients: dict[str, set[str]] = {}
     for row in rows.rows:
         patients.setdefault(row[column], set()).add(row[patient])
-    sites: dict[str, str] = {}
-    for value in sorted(patients):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("._-")[:64]
-        if not name or name in sites:
-            clash = f"that of {sites[name]!r}" if name else "empty"
-            raise SettingsError(
-                f"{table}, column {column!r}: {value!r} cannot name a site, the name would be {clash}; "
-                "give every row a name of letters and digits"
-            )
-        sites[name] = value
-    for name, value in sites.items():
+    names = site_names(patients, of=f"{table}, column {column!r}")
+    require_known(simulation.policies, names.values(), key="policies")
+    common = simulation.policy.model_dump(mode="json", by_alias=True)
+    for value, name in names.items():
+        own = simulation.policies.get(name, SitePolicy())
         _write_site(
             root / name,
             {
@@ -177,10 +177,10 @@ def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
                     "image-size": simulation.image_size,
                     "salt": f"clipward/{name}",
                 },
-                "policy": simulation.policy.model_dump(mode="json", by_alias=True),
+                "policy": common | own.model_dump(mode="json", by_alias=True, exclude_none=True),
             },
         )
-    return [root / name for name in sites]
+    return [root / name for name in names.values()]
 
 
 def without_privacy(federation: Federation, *, runs: Path, on_progress: Progress | None = None) -> Federation:

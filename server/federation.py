@@ -1,5 +1,6 @@
 """The consortium's file, `federation.toml`: which model, which objective, which privacy, how many rounds."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 from strategies.messages import Objective as ObjectiveName
 from strategies.messages import OptimizerName, Part, TrainingPlan
 from strategies.settings import PairSource, Settings
+from strategies.strategy import StrategySettings
 
 
 class ModelSettings(Settings):
@@ -149,32 +151,114 @@ class Training(Settings):
     seed: int = Field(default=0, ge=0)
 
 
-class Strategy(Settings):
-    """How replies are combined, and with how few a round still counts.
+class Strategy(StrategySettings):
+    """Who is asked in a round, how replies are combined, and with how few a round still counts.
+
+    Which strategy it is, and its hyper-parameters, are the keys of `StrategySettings`.
 
     Attributes:
-        min_sites: A round with fewer releases stops the run (which can be resumed).
-        deadline_seconds: Longest wait for a round's replies.
         weighting: By declared patients, or every site alike.
+        min_sites: A round needs so many releases.
+        fraction: Share of the ready sites that a round asks, rounded up, never fewer than ``min_sites``. The
+            draw is public and amplifies no privacy.
+        target_sites: Instead of ``fraction``, how many sites a round asks.
+        deadline_seconds: Longest wait for a round's replies.
+        retries: How often a site is asked again within a round after its answer was lost (or, without
+            privacy, after it failed): the same request, which costs no budget.
+        round_retries: How often a round with too few releases is asked for again before the run stops (and
+            can be resumed). A release that is stored is sent again; a training that failed is charged anew.
+        late: What becomes of a release after the deadline: ``drop`` it, or use it in a later round as
+            ``stale``, its weight multiplied by (1 + rounds it is old) ** -staleness-exponent. A site that is
+            late is not asked anew until its release has been used, as long as there are enough others.
+        staleness_exponent: 0 lets an old update weigh as much as a new one.
     """
 
-    name: Literal["fedavg"] = "fedavg"
     weighting: Literal["declared", "equal"] = "declared"
     min_sites: int = Field(default=2, ge=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    target_sites: int | None = Field(default=None, ge=1)
     deadline_seconds: float = Field(default=3600.0, gt=0)
+    retries: int = Field(default=1, ge=0, le=10)
+    round_retries: int = Field(default=0, ge=0, le=10)
+    late: Literal["drop", "stale"] = "drop"
+    staleness_exponent: float = Field(default=0.5, ge=0, le=10)
+
+    @model_validator(mode="after")
+    def _enough_to_combine(self) -> Self:
+        if self.min_sites < self.fewest_sites:
+            raise ValueError(
+                f"strategy {self.name!r} cannot combine fewer than {self.fewest_sites} releases: raise "
+                f"min-sites = {self.min_sites}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stale_is_a_summand(self) -> Self:
+        if self.late == "stale" and not self.is_sum:
+            raise ValueError(
+                f"strategy {self.name!r} looks at what each site released in this very round: with it, late "
+                "has to be 'drop'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_count(self) -> Self:
+        if self.target_sites is None:
+            return self
+        if self.fraction < 1:
+            raise ValueError("name one of: fraction, target-sites")
+        if self.target_sites < self.min_sites:
+            raise ValueError(
+                f"target-sites = {self.target_sites} asks fewer than min-sites = {self.min_sites} needs"
+            )
+        return self
+
+    def asked_of(self, ready: int) -> int:
+        """How many of so many ready sites a round asks."""
+        share = math.ceil(round(self.fraction * ready, 9))  # 0.07 of 100 is 7, whatever the last bit says
+        return min(ready, max(self.min_sites, share if self.target_sites is None else self.target_sites))
+
+
+Metric = Literal[
+    "retrieval.image_to_text.r1",
+    "retrieval.image_to_text.r5",
+    "retrieval.image_to_text.r10",
+    "retrieval.text_to_image.r1",
+    "retrieval.text_to_image.r5",
+    "retrieval.text_to_image.r10",
+    "zero_shot.macro_auroc",
+]
 
 
 class Evaluation(Settings):
-    """When the global model is evaluated, and on which data of the coordinator's.
+    """When the global model is evaluated, on which data of the coordinator's, and what follows from it.
 
     Attributes:
         every: Rounds between evaluations; the start and the last round are always evaluated.
         data: Public data for a deployed coordinator. A simulation evaluates on the held-out patients
             of all its sites.
+        metric: Names the best checkpoint, which is kept: the one with the largest value.
+        stop_after: So many evaluations in a row that are no better than the best end the run; 0: all rounds
+            are trained. In a simulation that choice is made on held-out patients, so figures of its best
+            round are flattered, and no epsilon covers them.
     """
 
     every: int = Field(default=1, ge=1)
     data: PublicData | None = None
+    metric: Metric = "retrieval.image_to_text.r10"
+    stop_after: int = Field(default=0, ge=0)
+
+
+class Checkpoints(Settings):
+    """Which checkpoints stay; the last and the best always do.
+
+    Attributes:
+        keep: So many of the newest.
+        keep_every: Rounds that are a multiple of it, too; 0: none.
+    """
+
+    keep: int = Field(default=3, ge=1)
+    keep_every: int = Field(default=0, ge=0)
 
 
 class SimulationPolicy(Settings):
@@ -185,15 +269,76 @@ class SimulationPolicy(Settings):
     min_patients: int = Field(default=20, ge=2)
 
 
+class SitePolicy(Settings):
+    """What one site cut from a table holds otherwise than `SimulationPolicy` says."""
+
+    epsilon_max: float | None = Field(default=None, gt=0)
+    min_noise_multiplier: float | None = Field(default=None, gt=0)
+
+
+class Cut(Settings):
+    """Sites that a seed makes of one pool of patients, ``site-1`` and on; no patient is in two.
+
+    Attributes:
+        sites: How many.
+        label: Column whose values the sites are to have in unequal shares; a patient counts by the most
+            frequent one.
+        alpha: Concentration of the Dirichlet distribution of those shares: 0.1 makes sites of one or two
+            values, 100 next to no difference. Without it patients are dealt out at random.
+        size_skew: Site k gets a share of the patients proportional to k ** -size-skew.
+    """
+
+    sites: int = Field(ge=1, le=10_000)
+    label: str | None = None
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    size_skew: float = Field(default=0.0, ge=0, le=5)
+
+    @model_validator(mode="after")
+    def _skew_of_something(self) -> Self:
+        if (self.label is None) != (self.alpha is None):
+            raise ValueError("label and alpha belong together: which column is skewed, and how much")
+        return self
+
+
+class Missing(Settings):
+    """Shares of a site's patients who lack something; who they are is drawn.
+
+    Attributes:
+        labels: Without any label, for evaluation.
+        reports: Whose images have no report; they are left out of the cohort.
+        images: Whose reports have no image; they are left out of the cohort.
+    """
+
+    labels: float = Field(default=0.0, ge=0, le=1)
+    reports: float = Field(default=0.0, ge=0, le=1)
+    images: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _pairs_are_left(self) -> Self:
+        if self.reports + self.images >= 1:
+            raise ValueError(
+                "a cohort is made of images with their reports, and this site would have no pair: let "
+                "reports + images be below 1"
+            )
+        return self
+
+
 class Simulation(Settings):
     """Where a simulation's sites are: a folder of site folders, or one table cut by a column.
 
     Attributes:
-        sites: Folder whose sub-folders hold a ``site.toml`` each.
+        sites: Folder whose sub-folders hold a ``site.toml`` each. Asked for differences between sites, the
+            simulation makes one table of all their packed pairs, with the column ``site``, and cuts that.
         table: Image table (CSV).
-        by: Column of the table that names the site of a row.
+        by: Column of the table that names the site of a row; taken as it is.
         image_size: Pixels the sites pack images at, for a table.
         policy: Policy of the sites cut from a table.
+        policies: By site, what differs from it.
+        cut: Instead of ``by``, sites made for a study.
+        scanner_shift: How far the sites' images differ in grey curve and sharpness; 1 is about what the
+            synthetic hospitals' scanners differ by.
+        missing: By site, what it lacks.
+        seed: Decides every draw of ``cut``, ``scanner_shift`` and ``missing``.
     """
 
     sites: Path | None = None
@@ -201,11 +346,27 @@ class Simulation(Settings):
     by: str = "fl_client"
     image_size: int = Field(default=128, ge=16)
     policy: SimulationPolicy = SimulationPolicy()
+    policies: dict[str, SitePolicy] = Field(default_factory=dict)
+    cut: Cut | None = None
+    scanner_shift: float = Field(default=0.0, ge=0, le=2)
+    missing: dict[str, Missing] = Field(default_factory=dict)
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the pairs of the sites are other than their source has them."""
+        return self.cut is not None or self.scanner_shift > 0 or bool(self.missing)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.table is None) == (self.sites is None):
             raise ValueError("name one of: sites, table")
+        return self
+
+    @model_validator(mode="after")
+    def _policies_of_new_sites(self) -> Self:
+        if self.policies and self.sites is not None and not self.changed:
+            raise ValueError("policies are for sites cut from a table: those in a folder have their own")
         return self
 
 
@@ -222,6 +383,7 @@ class Federation(Settings):
     training: Training = Training()
     strategy: Strategy = Strategy()
     evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
     simulation: Simulation | None = None
 
     @model_validator(mode="after")
@@ -237,6 +399,11 @@ class Federation(Settings):
             )
         if self.privacy.mode == "none" and self.objective.name != "infonce":
             raise ValueError("without privacy every site trains objective.name = 'infonce': set it")
+        self.strategy.require_training(
+            optimizer=self.training.optimizer, schedule=self.training.schedule, epochs=self.training.epochs
+        )
+        if self.evaluation.stop_after and self.evaluation.data is None and self.simulation is None:
+            raise ValueError("evaluation.stop-after needs evaluations: name public data in evaluation.data")
         if "public" in self.anchor_sources and self.public_start is None:
             raise ValueError("objective.anchors-from 'public' takes them from public-start: name its data")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
