@@ -85,6 +85,8 @@ def figures(cohort: "Cohort", *, rng: np.random.Generator) -> dict[str, Any]:
         cohort: The cohort.
         rng: Chooses the images whose grey levels are counted.
     """
+    from client.text.masks import MASK
+
     rows = len(cohort)
     words = np.array([len(text.split()) for text in cohort.texts])
     chosen = np.sort(rng.permutation(rows)[:SAMPLE])
@@ -110,6 +112,8 @@ def figures(cohort: "Cohort", *, rng: np.random.Generator) -> dict[str, Any]:
         "unpaired_reports": cohort.unpaired_reports,
         "unknown_merges": cohort.unknown_merges,
         "text_rules": cohort.text_rules,
+        "masked": cohort.masked,
+        "masked_texts": sum(MASK in text for text in cohort.texts),
         "words": _bars(words, _WORD_BINS),
         "median_words": int(np.median(words)),
         "common": common,

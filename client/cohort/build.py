@@ -278,7 +278,7 @@ def _decoders() -> Mapping[str, Sequence[str]]:
     """Return what is installed to decode each transfer syntax: another decoder may give other pixels."""
     found: dict[str, Sequence[str]] = {}
     for syntax in AllTransferSyntaxes:
-        with suppress(NotImplementedError):
+        with suppress(NotImplementedError):  # pydicom has no decoder for it at all, as for video
             found[syntax] = get_decoder(syntax).available_plugins
     return found
 

@@ -26,7 +26,9 @@ def site(tmp_path: Path) -> Path:
     for number in range(20):
         grey = np.add.outer(np.arange(24), np.arange(16)).astype(np.uint8) + number * 9
         Image.fromarray(grey).save(tmp_path / f"{number}.png")
-        text = ("No acute disease.", "Mild edema of both lungs today.", EVIL)[min(number // 9, 2)]
+        text = ("No acute disease.", "Mild edema of both lungs on 3/4/2021, Dr. Doe.", EVIL)[
+            min(number // 9, 2)
+        ]
         split = "test" if number < 4 else "train"
         rows.append(f'{number}.png,"{text}",p{number // 2},{split},{("1", "0", "")[number % 3]}')
     rows.append("none.png,gone,p1,,")
@@ -58,6 +60,9 @@ def test_the_page_says_what_is_in_the_cohort(site: Path) -> None:
         "21 inputs",
         "used 20",
         "E_FILE_MISSING 1",
+        "9 of 20 rows have a mask in their text",
+        "date 9",
+        "name 9",
         "9 No acute disease.",
         "Edema 7 7 6 50.0 %",
         "5 random rows",
