@@ -1,5 +1,6 @@
 """What a site answers to each of the coordinator's messages."""
 
+import hashlib
 import math
 import os
 import time
@@ -13,6 +14,7 @@ from client.cohort import Cohort, CohortError
 from client.engines import engine_maker
 from client.errors import Refused
 from client.journal import write_note
+from client.personal import PersonalWeights
 from client.policy import check_code, check_plan, check_run, mechanism_for
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
@@ -26,6 +28,7 @@ from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise, os_generator
 from strategies.bundles import BundleMissing, BundleStore
 from strategies.messages import (
+    Arrays,
     Hello,
     Installed,
     PublicBundle,
@@ -36,8 +39,11 @@ from strategies.messages import (
     TrainRequest,
     digest_of,
 )
+from strategies.share import personal
+from strategies.wire import pack
 
 RELEASES = "releases"
+PERSONAL = "personal"
 # True batch sizes show in exact durations, so under privacy they leave rounded up.
 COARSE_SECONDS = 10
 
@@ -93,7 +99,7 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
         started = time.monotonic()
         anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
         insecure, device = noise.insecure_seed, site.settings.device
-        update = train_privately(
+        difference = train_privately(
             part,
             training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings),
             anchors,
@@ -102,12 +108,14 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
             patients_declared=site.settings.cohort.patients_declared,
             noise=noise,
             server_round=request.server_round,
+            correction=request.correction,
             sampling=np.random.default_rng(_insecure_seed(site, request)) if insecure else os_generator(),
             make_engine=engine_maker(
                 device.engine, physical_batch=device.physical_batch, precision=device.precision
             ),
         )
         seconds = COARSE_SECONDS * math.ceil((time.monotonic() - started) / COARSE_SECONDS)
+        update = _kept_and_packed(site, request, part, difference)
         facts = _facts(site, request, seconds=seconds, mechanism=mechanism, ledger=ledger, insecure=insecure)
         release = releases.store(request.digest, Release(facts=facts, update=update))
     except Exception:
@@ -150,17 +158,47 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     started = time.monotonic()
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
     pairs = training_data(site.folder, part, texts).pairs
-    update = train_plainly(
+    difference = train_plainly(
         part,
         pairs,
         request.plan,
         rng=np.random.default_rng(seed),
         server_round=request.server_round,
+        correction=request.correction,
         kept=kept_optimizer(site.folder, request.run) if request.plan.keep_optimizer else None,
     )
+    update = _kept_and_packed(site, request, part, difference)
     steps = plain_steps(request.plan, pairs=len(pairs))
     facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
     return Release(facts=facts, update=update)
+
+
+def _kept_and_packed(site: Site, request: TrainRequest, part: TrainablePart, difference: Arrays) -> Arrays:
+    """What leaves of a round, in the form it travels in; the site's own weights are kept before that."""
+    own = personal(part.parameters(), request.plan)
+    if own:
+        arrays = part.arrays()
+        _personal(site, request).store(request.server_round, {name: arrays[name] for name in own})
+    shared = {name: value for name, value in difference.items() if name not in own}
+    seed = zlib.crc32(f"{site.name}/{request.digest}".encode())  # the same update again is the same bytes
+    return pack(shared, request.plan.wire, rng=np.random.default_rng(seed))
+
+
+def _personal(site: Site, request: TrainRequest) -> PersonalWeights:
+    name = hashlib.sha256(request.run.encode()).hexdigest()[:16]  # the coordinator's words name no path
+    return PersonalWeights(folder=site.folder / PERSONAL / name)
+
+
+def _own_weights(site: Site, request: TrainRequest, part: TrainablePart) -> Arrays:
+    """What the site keeps, from its last round of this run or else as the public model has it."""
+    own = personal(part.parameters(), request.plan)
+    if not own:
+        return {}
+    kept = _personal(site, request).before(request.server_round)
+    if kept is not None:
+        return kept
+    start = _installed(site, request).load().weights
+    return {name: start[name] for name in own}
 
 
 def _ready(site: Site, request: TrainRequest) -> TrainablePart:
@@ -172,8 +210,8 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
     _mind_small_cohort(site, cohort, private=request.plan.privacy == "dp")
     plan, device = request.plan, device_name(site.settings.device.name)
     try:
-        part = part_of(_installed(site, request), plan.part, plan.lora_rank, device)
-        part.load(request.arrays)
+        part = part_of(_installed(site, request), plan.part, plan.lora_rank, plan.prompt_tokens, device)
+        part.load({**request.arrays, **_own_weights(site, request, part)})
     except (EncoderError, BundleMissing, PrivacyError) as error:
         raise Refused(RefusalCode.MODEL, str(error)) from error
     return part

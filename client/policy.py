@@ -23,6 +23,8 @@ from strategies.messages import (
     TrainRequest,
     bytes_of,
 )
+from strategies.share import released
+from strategies.wire import size_of
 
 Rules = dict[str, tuple[bool, str]]
 
@@ -73,7 +75,7 @@ def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
     plan, policy = request.plan, site.settings.policy
     declared = site.settings.cohort.patients_declared
     steps = plan.steps if plan.epochs is None else math.ceil(plan.epochs * declared / plan.batch)
-    out = bytes_of(request.arrays)  # a release holds arrays of the same names, shapes and dtypes
+    out = size_of(released(request), plan.wire)
     return {
         "parts": (plan.part not in policy.parts, f"part {plan.part!r} is not among policy.parts"),
         "objectives": (

@@ -8,6 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from client.batches import TrainingData, rows_by_patient
+from client.drift import correct_drift
 from client.engines import MakeEngine, engine_maker
 from client.objectives import Anchors, objective_of
 from encoders.fitting import Pairs, fit_infonce
@@ -19,6 +20,7 @@ from privacy.optimizers import make_optimizer, take_step
 from privacy.probes import refuse_coupling
 from privacy.sampling import poisson_sample
 from strategies.messages import Arrays, TrainingPlan
+from strategies.share import trained
 
 ANCHOR_REFRESH_STEPS = 20
 WARM_UP = 0.1
@@ -37,6 +39,7 @@ def train_privately(
     noise: GaussianNoise,
     sampling: np.random.Generator,
     server_round: int = 1,
+    correction: Arrays | None = None,
     make_engine: MakeEngine = BOOK_KEEPING,
 ) -> Arrays:
     """Take ``mechanism.steps`` noised steps.
@@ -55,11 +58,12 @@ def train_privately(
         patients_declared: The cohort's public size.
         noise: Its source, of this release alone.
         sampling: Draws patients, groups, studies and augmentation.
-        server_round: From 1; decides where the learning-rate schedule is.
+        server_round: From 1; decides what is trained and where the learning-rate schedule is.
+        correction: Added to every noised gradient, with the plan's proximal term; see `client.drift`.
         make_engine: The site's choice of what clips.
 
     Returns:
-        Trained minus given weights, float32.
+        Trained minus given weights, float32, of what this round trains.
 
     Raises:
         UnsoundTraining: mechanism and plan are for two objectives, or the objective or the model couples what
@@ -70,8 +74,10 @@ def train_privately(
             f"the noise is for the {mechanism.kind} objective and the plan trains {plan.objective}"
         )
     part.module.eval()  # dropout would be noise that nobody accounts for, and slower
-    before, parameters = part.arrays(), dict(part.module.named_parameters())
-    optimizer, schedule = _optimizer(part, plan, server_round=server_round, steps=mechanism.steps)
+    before, parameters = _begin(part, plan, server_round), dict(part.module.named_parameters())
+    optimizer, schedule = _optimizer(
+        part, plan, server_round=server_round, steps=mechanism.steps, correction=correction
+    )
     objective = objective_of(part, data, anchors, plan)
     engine = make_engine(part.module, objective.losses)
     refuse_coupling(part.module, objective.losses, objective.made_up())
@@ -95,6 +101,7 @@ def train_plainly(
     *,
     rng: np.random.Generator,
     server_round: int = 1,
+    correction: Arrays | None = None,
     kept: OptimizerState | None = None,
 ) -> Arrays:
     """Take this round's steps of InfoNCE on shuffled pairs. No privacy guarantee of any kind.
@@ -104,15 +111,18 @@ def train_plainly(
         pairs: The site's training pairs.
         plan: What the coordinator asks.
         rng: Orders and augments.
-        server_round: From 1; decides where the learning-rate schedule is.
+        server_round: From 1; decides what is trained and where the learning-rate schedule is.
+        correction: Added to every gradient, with the plan's proximal term; see `client.drift`.
         kept: The optimizer's state after the round before, empty at first; it is replaced in place.
 
     Returns:
-        Trained minus given weights, float32.
+        Trained minus given weights, float32, of what this round trains.
     """
-    before = part.arrays()
+    before = _begin(part, plan, server_round)
     steps = plain_steps(plan, pairs=len(pairs))
-    optimizer, schedule = _optimizer(part, plan, server_round=server_round, steps=steps, kept=kept)
+    optimizer, schedule = _optimizer(
+        part, plan, server_round=server_round, steps=steps, correction=correction, kept=kept
+    )
     fit_infonce(
         part,
         pairs,
@@ -140,13 +150,15 @@ def _optimizer(
     *,
     server_round: int,
     steps: int,
+    correction: Arrays | None,
     kept: OptimizerState | None = None,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """This round's optimizer, at the learning rate that the whole run's schedule has reached."""
-    parameters = list(part.parameters().values())
+    parameters = part.parameters()
     optimizer = make_optimizer(
-        plan.optimizer, parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay
+        plan.optimizer, parameters.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay
     )
+    correct_drift(optimizer, parameters, correction=correction or {}, proximal=plan.proximal)
     if kept:
         groups = optimizer.state_dict()["param_groups"]  # the schedule starts from the plan's rate again
         optimizer.load_state_dict({"state": kept["state"], "param_groups": groups})
@@ -164,6 +176,14 @@ def rate_factor(plan: TrainingPlan, progress: float) -> float:
     if progress < WARM_UP:
         return progress / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+
+
+def _begin(part: TrainablePart, plan: TrainingPlan, server_round: int) -> Arrays:
+    """Let only this round's parameters be trained; their values."""
+    arrays = part.arrays()
+    names = trained(arrays, plan, server_round)
+    part.train_only(names)
+    return {name: value for name, value in arrays.items() if name in names}
 
 
 def _difference(after: Arrays, before: Arrays) -> Arrays:

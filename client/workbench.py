@@ -37,7 +37,9 @@ class InstalledBundle:
 
 
 @lru_cache(maxsize=1)
-def part_of(installed: InstalledBundle, part: Part, lora_rank: int, device: str) -> TrainablePart:
+def part_of(
+    installed: InstalledBundle, part: Part, lora_rank: int, prompt_tokens: int, device: str
+) -> TrainablePart:
     """The trainable part of an installed bundle's model. Its weights are whatever was loaded last.
 
     Raises:
@@ -52,7 +54,7 @@ def part_of(installed: InstalledBundle, part: Part, lora_rank: int, device: str)
     if bundle.prototypes is not None:
         bundle.prototypes.require_width(encoder.width)
     encoder.model.to(device)
-    return trainable_part(encoder, part, lora_rank=lora_rank)
+    return trainable_part(encoder, part, lora_rank=lora_rank, prompt_tokens=prompt_tokens)
 
 
 @lru_cache(maxsize=64)

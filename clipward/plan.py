@@ -207,7 +207,12 @@ def _trained_weights(federation: Any) -> int:
     from server.start import build_encoder
 
     share = federation.share
-    part = trainable_part(build_encoder(federation), share.part, lora_rank=share.lora_rank)
+    part = trainable_part(
+        build_encoder(federation),
+        share.part,
+        lora_rank=share.lora_rank,
+        prompt_tokens=share.prompt_tokens,
+    )
     return sum(value.numel() for value in part.parameters().values())
 
 

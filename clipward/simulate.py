@@ -121,7 +121,7 @@ def finish(
     checkpoint = checkpoints.load_latest(run_dir)
     if checkpoint is not None:
         part = part_of(federation, prepared.bundle)
-        part.load(checkpoint.arrays)
+        part.load({**part.arrays(), **checkpoint.arrays})
         _export(part, run_dir / "model")
     events = read_events(run_dir / "metrics.jsonl")
     result = Result(summary=summarise(events, compare=compare), run_dir=run_dir)

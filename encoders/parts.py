@@ -77,6 +77,7 @@ class TrainablePart(ABC):
             raise EncoderError(f"{unknown[0]!r} is no parameter of this part")
         for name, value in own.items():
             value.requires_grad_(name in names)
+            value.grad = None
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         """The part's weights, float32; a copy."""

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from strategies.messages import LoraTrain, OptimizerName, Part, Personal, TrainingPlan, Wire
 from strategies.messages import Objective as ObjectiveName
-from strategies.messages import OptimizerName, Part, TrainingPlan
 from strategies.settings import PairSource, Settings
 from strategies.strategy import StrategySettings
 
@@ -41,10 +41,33 @@ class PublicStart(PublicData):
 
 
 class Share(Settings):
-    """What is trained at the sites and travels."""
+    """What is trained at the sites, what of it travels, and how.
+
+    Attributes:
+        part: All weights (``full``), LoRA factors and heads (``lora``), the two projection ``heads``, or
+            ``prompts``: learned tokens in every text.
+        lora_rank: Columns of a LoRA factor.
+        lora_train: ``alternating`` trains the factors B and A by turns, ``b`` B alone. Both at once could not
+            be averaged exactly.
+        prompt_tokens: Learned tokens; they take as many from the longest text.
+        keep: Weights that every site trains and keeps: ``norms`` (FedBN), ``heads`` (FedPer).
+        wire: Form of the updates: ``fp32``; ``bf16``, half of the bytes; ``int8``, a quarter of them.
+    """
 
     part: Part = "heads"
     lora_rank: int = Field(default=4, ge=1)
+    lora_train: LoraTrain = "alternating"
+    prompt_tokens: int = Field(default=16, ge=1, le=256)
+    keep: tuple[Personal, ...] = ()
+    wire: Wire = "fp32"
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        if self.part == "prompts" and self.keep:
+            raise ValueError("prompts are neither norms nor heads: remove share.keep")
+        if self.part == "heads" and "heads" in self.keep:
+            raise ValueError("share.part 'heads' with keep = ['heads'] leaves nothing to share")
+        return self
 
 
 AnchorSource = Literal["public", "prompts", "synthetic", "noise"]
@@ -459,6 +482,11 @@ class Federation(Settings):
         return TrainingPlan(
             part=self.share.part,
             lora_rank=self.share.lora_rank,
+            lora_train=self.share.lora_train,
+            prompt_tokens=self.share.prompt_tokens,
+            personal=self.share.keep,
+            wire=self.share.wire,
+            proximal=self.strategy.proximal,
             objective=self.objective.name,
             inverse_temperature=self.objective.inverse_temperature,
             anchors=self.objective.anchors,

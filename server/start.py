@@ -20,6 +20,7 @@ from server.rounds import Evaluate, Start
 from strategies.bundles import BundleStore
 from strategies.files import sync, write_text
 from strategies.messages import PublicBundle
+from strategies.share import shared
 
 VERSION = 1
 STARTS = ".starts"  # beside the runs
@@ -169,13 +170,20 @@ def start_of(federation: Federation, prepared: Prepared) -> Start:
         except PrivacyError as error:
             raise RunError(f"objective.prototypes: {error}") from error
         bundle = replace(bundle, prototypes=prototypes)
-    return Start(bundle=bundle, arrays=dict(part.arrays()), public_start=prepared.public_start)
+    arrays = part.arrays()
+    names = shared(arrays, federation.plan())
+    return Start(
+        bundle=bundle,
+        arrays={name: value for name, value in arrays.items() if name in names},
+        public_start=prepared.public_start,
+    )
 
 
 def part_of(federation: Federation, bundle: PublicBundle) -> TrainablePart:
     """The part of the bundle's model that the federation trains, for use at the coordinator."""
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
-    return trainable_part(encoder, federation.share.part, lora_rank=federation.share.lora_rank)
+    share = federation.share
+    return trainable_part(encoder, share.part, lora_rank=share.lora_rank, prompt_tokens=share.prompt_tokens)
 
 
 def evaluator_of(federation: Federation, prepared: Prepared) -> Evaluate | None:

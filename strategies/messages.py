@@ -17,7 +17,7 @@ train       `TrainRequest`             `Release` or `Refusal`
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -37,11 +37,15 @@ INSTALL = "query.install"
 TRAIN = "train"
 
 Arrays = dict[str, NDArray[Any]]
-Part = Literal["full", "lora", "heads"]
+Part = Literal["full", "lora", "heads", "prompts"]
+LoraTrain = Literal["alternating", "b"]
+Personal = Literal["norms", "heads"]
+Wire = Literal["fp32", "bf16", "int8"]
 Objective = Literal["anchored", "microbatch", "infonce"]
 OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
-WIRE_DTYPES = ("float32", "int64", "uint8")
+WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "int8")
+_DIGEST = "-digest"
 _ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes/"
 
 # What a site says about itself reaches logs, metrics and weights: bounded, and of one line.
@@ -76,7 +80,7 @@ class TrainingPlan(Facts):
     """What the coordinator asks every site to do in every round of a run; all of it is public.
 
     Attributes:
-        part: What is trained and travels: all weights, LoRA factors, or the two projection heads.
+        part: What is trained and travels: all weights, LoRA factors, the two projection heads, or prompts.
         objective: ``anchored`` decomposes over patients, ``microbatch`` over groups of them (at twice the
             noise); ``infonce`` does neither and never claims an epsilon.
         privacy: ``dp`` or ``none``.
@@ -99,6 +103,12 @@ class TrainingPlan(Facts):
         soft_positives: Anchors whose text is at least so similar to a pair's own are partly right for it,
             in [0, 0.9); null: those that say the same are left out, and all others are wrong.
         groups: M of the microbatch objective: each drawn patient joins one of so many groups at random.
+        lora_rank: Columns of a LoRA factor.
+        lora_train: Which factors a round trains: A and B by turns, or B alone. See `strategies.share`.
+        prompt_tokens: Learned tokens in every text, for prompts.
+        personal: Weights that every site trains and keeps to itself.
+        wire: How updates travel; see `strategies.wire`.
+        proximal: mu; mu times the way from the round's weights is added to every noised gradient.
         seed: Seeds augmentation and, without DP, sampling. Never the noise.
     """
 
@@ -125,6 +135,11 @@ class TrainingPlan(Facts):
     groups: int = Field(default=16, ge=1)
     augment: bool
     lora_rank: int = Field(ge=1)
+    lora_train: LoraTrain = "alternating"
+    prompt_tokens: int = Field(default=16, ge=1, le=256)
+    personal: tuple[Personal, ...] = ()
+    wire: Wire = "fp32"
+    proximal: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)
 
 
@@ -237,7 +252,8 @@ class TrainRequest:
     """Train ``arrays`` by ``plan``.
 
     Attributes:
-        arrays: The trainable weights of the global model, float32.
+        arrays: The shared weights of the global model, float32.
+        correction: Added to every gradient of the asked site, by names of ``arrays``; see `client.drift`.
         deadline_unix_seconds: A reply later than this is not used; null: no deadline.
         anchor: The last that the coordinator knows of the asked site's ledger; null: none.
     """
@@ -247,6 +263,7 @@ class TrainRequest:
     bundle: str
     plan: TrainingPlan
     arrays: Arrays
+    correction: Arrays = field(default_factory=dict)
     deadline_unix_seconds: float | None = None
     anchor: Anchor | None = None
 
@@ -254,9 +271,8 @@ class TrainRequest:
     def digest(self) -> str:
         """Identity of the request; deadline and anchor are no part of it: asked again, it is the same."""
         facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json")]
-        return hashlib.sha256(
-            (json.dumps(facts, sort_keys=True) + digest_of(self.arrays)).encode()
-        ).hexdigest()
+        arrays = digest_of(self.arrays) + (digest_of(self.correction) if self.correction else "")
+        return hashlib.sha256((json.dumps(facts, sort_keys=True) + arrays).encode()).hexdigest()
 
 
 class ReleaseFacts(Facts):
@@ -291,7 +307,7 @@ class ReleaseFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """What left the site: the difference to the requested arrays, same names and shapes, float32."""
+    """What left the site: how far this round moved what it trains, in the wire form of the plan."""
 
     facts: ReleaseFacts
     update: Arrays
@@ -314,15 +330,21 @@ def encode(
             deadline_unix_seconds=message.deadline_unix_seconds,
             anchor=message.anchor,
         )
-        return _records("TrainRequest", request.model_dump(mode="json"), message.arrays)
+        return _records("TrainRequest", request.model_dump(mode="json"), message.arrays, message.correction)
     return _records("Release", message.facts.model_dump(mode="json"), message.update)
 
 
-def addressed(content: RecordDict, anchor: Anchor | None) -> RecordDict:
-    """An encoded `TrainRequest` for one site, with its own anchor; the arrays are shared, not copied."""
+def addressed(
+    content: RecordDict, anchor: Anchor | None = None, *, correction: Arrays | None = None
+) -> RecordDict:
+    """An encoded `TrainRequest` for one site, with its own anchor and correction.
+
+    The arrays of the request are shared, not copied.
+    """
     facts = content["facts"]
     text = json.dumps({**json.loads(str(facts["json"])), "anchor": asdict(anchor) if anchor else None})
-    return RecordDict({**content, "facts": ConfigRecord({**facts, "json": text})})
+    own = _array_records("correction", correction or {})
+    return RecordDict({**content, "facts": ConfigRecord({**facts, "json": text}), **own})
 
 
 def decode(
@@ -342,9 +364,9 @@ def decode(
         raise MessageError(
             f"expected message version {MESSAGE_VERSION}, got {version!r}: update the older side"
         )
-    arrays = _arrays(content)
+    arrays, correction = _arrays(content, "arrays"), _arrays(content, "correction")
     try:
-        return _build(kind, facts, arrays)
+        return _build(kind, facts, arrays, correction)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
         raise MessageError(f"{kind}: wrong fields: {fields}") from None
@@ -355,7 +377,7 @@ def decode(
 
 
 def _build(
-    kind: str, facts: dict[str, Any], arrays: Arrays
+    kind: str, facts: dict[str, Any], arrays: Arrays, correction: Arrays
 ) -> Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release:
     plain: dict[str, type[Hello] | type[SiteFacts] | type[Installed] | type[Refusal]] = {
         "Hello": Hello, "SiteFacts": SiteFacts, "Installed": Installed, "Refusal": Refusal,
@@ -372,6 +394,7 @@ def _build(
             bundle=request.bundle,
             plan=request.plan,
             arrays=arrays,
+            correction=correction,
             deadline_unix_seconds=request.deadline_unix_seconds,
             anchor=request.anchor,
         )
@@ -403,7 +426,7 @@ def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
     for name in sorted(arrays):
         value = np.asarray(arrays[name], order="C")
         total.update(f"{name}\0{value.dtype.str}\0{value.shape}\0".encode())
-        total.update(value.tobytes())
+        total.update(value.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 
@@ -412,32 +435,45 @@ def bytes_of(arrays: Mapping[str, NDArray[Any]]) -> int:
     return sum(value.nbytes for value in arrays.values())
 
 
-def _records(kind: str, facts: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> RecordDict:
+def _records(
+    kind: str,
+    facts: dict[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    correction: Mapping[str, NDArray[Any]] | None = None,
+) -> RecordDict:
     text = json.dumps(facts, sort_keys=True, allow_nan=False)
     records = RecordDict({"facts": ConfigRecord({"version": MESSAGE_VERSION, "kind": kind, "json": text})})
-    if arrays:
-        records["arrays"] = ArrayRecord(
-            {name: Array(np.asarray(value, order="C")) for name, value in arrays.items()}
-        )
+    records.update(_array_records("arrays", arrays))
+    records.update(_array_records("correction", correction or {}))
     return records
 
 
-def _arrays(content: RecordDict) -> Arrays:
-    if "arrays" not in content:
+def _array_records(name: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, ArrayRecord | ConfigRecord]:
+    """The arrays, and their digest beside them; nothing where there are none."""
+    if not arrays:
         return {}
-    record = content["arrays"]
+    sent = ArrayRecord({key: Array(np.asarray(value, order="C")) for key, value in arrays.items()})
+    return {name: sent, name + _DIGEST: ConfigRecord({"sha256": digest_of(arrays)})}
+
+
+def _arrays(content: RecordDict, name: str) -> Arrays:
+    if name not in content:
+        return {}
+    record, digest = content[name], content.get(name + _DIGEST)
     if not isinstance(record, ArrayRecord):
-        raise MessageError("the 'arrays' record holds no arrays")
+        raise MessageError(f"the {name!r} record holds no arrays")
     arrays: Arrays = {}
-    for name, value in record.items():
+    for key, value in record.items():
         if value.dtype not in WIRE_DTYPES:
             raise MessageError(
-                f"array {name!r}: dtype {value.dtype} does not travel; use one of {WIRE_DTYPES}"
+                f"array {key!r}: dtype {value.dtype} does not travel; use one of {WIRE_DTYPES}"
             )
         try:
-            arrays[name] = value.numpy()
+            arrays[key] = value.numpy()
         except (TypeError, ValueError, EOFError, OSError, MemoryError):
-            raise MessageError(f"array {name!r} cannot be read") from None
+            raise MessageError(f"array {key!r} cannot be read") from None
+    if not isinstance(digest, ConfigRecord) or digest.get("sha256") != digest_of(arrays):
+        raise MessageError(f"the {name!r} record is not the one whose digest came with it")
     return arrays
 
 

@@ -111,6 +111,12 @@ class StrategySettings(Settings):
         return {key: own[key] if value is None else value for key, value in given.items()}
 
     @property
+    def proximal(self) -> float:
+        """What sites multiply their way from the start of the round by, and add to their gradients."""
+        own = self.parameters
+        return float(own.get("proximal_mu", own.get("alpha", 0.0)))
+
+    @property
     def fewest_sites(self) -> int:
         """A round with fewer updates cannot be combined: ``min-sites`` must be at least that."""
         if self.name in ("krum", "multi-krum"):

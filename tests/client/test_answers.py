@@ -16,12 +16,14 @@ import torch
 from client import answers
 from client.answers import answer_hello, answer_install, answer_train
 from client.errors import Refused
+from client.personal import PersonalWeights
 from client.releases import ReleaseStore
 from client.site import Site
 from client.workbench import part_of, training_data
 from privacy.errors import AlreadyReleased, HistoryLost, KeyUnusable, LedgerTampered, UnsoundTraining
 from strategies.bundles import BundleStore
 from strategies.messages import Hello, RefusalCode, Release, TrainRequest, digest_of
+from strategies.wire import unpack
 from tests.small_hospitals import BATCH, EPSILON, PATIENTS, STEPS, bundle, change_site, ready, request
 
 
@@ -419,3 +421,89 @@ def test_a_bundle_is_kept_where_only_the_site_may_read(hospitals: Path) -> None:
     answer_install(site, bundle())
     assert BundleStore(folder=site.folder / "bundles").has(bundle().digest)
     assert (site.folder / "bundles").stat().st_mode & 0o077 == 0
+
+
+PUSH = 1e4  # a correction beside which gradient and noise are nothing
+
+
+def names(release: Release) -> set[str]:
+    return set(release.update)
+
+
+@pytest.mark.parametrize(("server_round", "factor"), [(1, "lora_B"), (2, "lora_A")])
+def test_of_lora_the_factor_of_the_round_and_the_heads_leave(
+    site: Site, server_round: int, factor: str
+) -> None:
+    asked = anchored(part="lora", server_round=server_round)
+    assert names(answer_train(site, asked)) == {
+        name for name in asked.arrays if factor in name or "projection" in name
+    }
+
+
+def test_prompts_alone_leave_where_prompts_are_trained(site: Site) -> None:
+    release = answer_train(site, anchored(part="prompts", prompt_tokens=3))
+    (update,) = release.update.values()
+    assert update.shape[0] == 3
+    assert (update != 0).all()
+
+
+@pytest.mark.parametrize(("wire", "dtype"), [("bf16", np.uint16), ("int8", np.int8)])
+def test_an_update_leaves_in_the_form_of_the_plan_and_again_as_the_same_bytes(
+    site: Site, wire: str, dtype: type
+) -> None:
+    asked = anchored(wire=wire)
+    release = answer_train(site, asked)
+    assert {release.update[name].dtype for name in asked.arrays} == {np.dtype(dtype)}
+    assert digest_of(release.update) == digest_of(answer_train(site, asked).update)
+    moved = unpack(release.update, asked.plan.wire, like=asked.arrays)
+    assert all(np.abs(value).max() > 0 for value in moved.values())
+
+
+def test_what_the_site_keeps_neither_leaves_nor_starts_anew(site: Site) -> None:
+    def asked(server_round: int) -> TrainRequest:
+        whole = anchored(part="full", personal=("heads",), server_round=server_round, wire="int8")
+        shared = {name: value for name, value in whole.arrays.items() if "projection" not in name}
+        return replace(whole, arrays=shared)
+
+    def kept(server_round: int) -> dict[str, np.ndarray]:
+        (folder,) = (site.folder / "personal").iterdir()
+        found = PersonalWeights(folder=folder).before(server_round + 1)
+        assert found is not None
+        return found
+
+    start = bundle().weights
+    assert not [name for name in names(answer_train(site, asked(1))) if "projection" in name]
+    first = kept(1)
+    assert set(first) == {"visual_projection.weight", "text_projection.weight"}
+    assert all(np.abs(first[name] - start[name]).max() > 0 for name in first)
+    answer_train(site, asked(2))
+    moved = {name: np.abs(kept(2)[name] - first[name]).max() for name in first}
+    fresh = {name: np.abs(first[name] - start[name]).max() for name in first}
+    assert all(0 < moved[name] <= 3 * fresh[name] for name in first)  # a round's way, from where it was
+
+
+def test_a_run_cannot_name_a_folder_outside_the_sites_own(site: Site) -> None:
+    whole = anchored(part="full", personal=("heads",), run="../../elsewhere")
+    shared = {name: value for name, value in whole.arrays.items() if "projection" not in name}
+    answer_train(site, replace(whole, arrays=shared))
+    assert [path.name for path in (site.folder / "personal").iterdir()] != [".."]
+    assert not (site.folder.parent / "elsewhere").exists()
+
+
+def test_a_correction_is_another_request_and_another_update(site: Site) -> None:
+    asked = anchored(optimizer="sgd")
+    push = {name: np.full_like(value, PUSH) for name, value in asked.arrays.items()}
+    corrected = replace(asked, correction=push)
+    assert asked.digest != corrected.digest
+    update = answer_train(site, corrected).update
+    for name, value in asked.arrays.items():
+        assert update[name] == pytest.approx(
+            np.full_like(value, -STEPS * asked.plan.learning_rate * PUSH), rel=0.1
+        )
+
+
+def test_a_part_that_is_not_the_models_is_refused(site: Site) -> None:
+    asked = anchored(part="prompts", prompt_tokens=60)
+    with pytest.raises(Refused) as refused:
+        answer_train(site, asked)
+    assert refused.value.code is RefusalCode.MODEL

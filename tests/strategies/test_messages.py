@@ -191,7 +191,7 @@ def test_neither_deadline_nor_anchor_is_part_of_a_request_s_identity() -> None:
 def test_a_request_is_addressed_with_a_site_s_anchor_and_shares_its_arrays() -> None:
     sent = request({"w": np.ones(2, dtype=np.float32)})
     content = encode(sent)
-    one, none = addressed(content, ANCHOR), addressed(content, None)
+    one, none = addressed(content, anchor=ANCHOR), addressed(content)
     assert one["arrays"] is none["arrays"] is content["arrays"]
     for said, anchor in ((one, ANCHOR), (none, None), (content, None)):
         got = require(decode(said), TrainRequest)
