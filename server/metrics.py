@@ -31,6 +31,7 @@ VERSION = 1
 PHASES = ("train", "communicate", "aggregate", "evaluate", "checkpoint")
 RECALLS = ("r1", "r5", "r10")
 DIRECTIONS = ("image_to_text", "text_to_image")
+RELEASED = ("site_replied", "late_arrived")  # a release cost its site what it cost, used or not
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Event: TypeAlias = dict[str, Any]
@@ -147,7 +148,7 @@ def epsilon_spent(events: Iterable[Event]) -> dict[str, float]:
     """Largest epsilon each site reported, in rounds that count or not: what was spent stays spent."""
     spent: dict[str, float] = {}
     for event in events:
-        if event["kind"] == "site_replied" and event.get("epsilon") is not None:
+        if event["kind"] in RELEASED and event.get("epsilon") is not None:
             spent[event["site"]] = max(spent.get(event["site"], 0.0), event["epsilon"])
     return spent
 
@@ -270,7 +271,7 @@ def _round_metrics(events: Sequence[Event]) -> Iterator[Metric]:
 
 
 def _site_metrics(events: Sequence[Event]) -> Iterator[Metric]:
-    replies = [event for event in events if event["kind"] == "site_replied"]
+    replies = [event for event in events if event["kind"] in RELEASED]
     refusals = [event for event in events if event["kind"] == "site_refused"]
     latest = {event["site"]: event for event in replies}
 

@@ -1,9 +1,11 @@
 """What a node's reply says, however it went wrong."""
 
 import logging
+from typing import Any
 
 from flwr.app import Message
 
+from server.anchors import AnchorBook, AnchorRefused
 from strategies.messages import (
     Hello,
     Installed,
@@ -12,9 +14,11 @@ from strategies.messages import (
     Refusal,
     RefusalCode,
     Release,
+    ReleaseFacts,
     SiteFacts,
     TrainRequest,
     decode,
+    require,
 )
 
 logger = logging.getLogger(f"clipward.{__name__}")
@@ -39,3 +43,44 @@ def read(reply: Message) -> Said:
 def refusal(code: RefusalCode) -> Refusal:
     """A refusal that no site wrote, so nobody knows of an entry in a site's log."""
     return Refusal(site=UNKNOWN, code=code, incident=UNKNOWN)
+
+
+def accepted(said: Said, site: str, request: TrainRequest, anchors: AnchorBook) -> Release | Refusal:
+    """The release that answers ``request``, once the head of its site's ledger is on the disk.
+
+    Args:
+        said: What came back.
+        site: Who was asked.
+        request: What was asked.
+        anchors: Heads of the sites' ledgers; takes the new one.
+
+    Returns:
+        The release; or the site's refusal; or one that no site wrote, because what came is no answer to the
+        request, or because its site's ledger is not the one seen before.
+    """
+    if isinstance(said, Refusal):
+        return said
+    try:
+        release = require(said, Release)
+        _require_answer(release.facts, site, request)
+        if release.facts.anchor is not None:
+            anchors.take(site, release.facts.anchor, run=request.run, server_round=request.server_round)
+    except MessageError as error:
+        logger.warning("round %d: reply of %s not used: %.200s", request.server_round, site, error)
+        return refusal(RefusalCode.MESSAGE)
+    except AnchorRefused as error:
+        logger.warning("round %d: release of %s not used: %s", request.server_round, site, error)
+        return refusal(RefusalCode.LEDGER)
+    return release
+
+
+def told(facts: ReleaseFacts) -> dict[str, Any]:
+    """What the run's events say of a release."""
+    return facts.model_dump(mode="json", exclude={"server_round", "anchor"})
+
+
+def _require_answer(facts: ReleaseFacts, site: str, request: TrainRequest) -> None:
+    if (facts.site, facts.server_round) != (site, request.server_round):
+        raise MessageError("the release is for another site or round than was asked")
+    if request.plan.privacy == "dp" and facts.anchor is None:
+        raise MessageError("a release with privacy names the head of its site's ledger")

@@ -8,6 +8,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.errors import QuorumError, RunError
+from server.metrics import RunLog
 from server.replies import read
 from strategies.messages import (
     HELLO,
@@ -53,16 +54,19 @@ class Roster:
         grid: Flower's way to the nodes.
         run: Name of the run.
         bundle: What every site must hold before it can train.
+        log: Takes ``site_joined`` and ``site_left`` from the second round on (who is there at first stands in
+            the start of the run), and ``site_retired``.
     """
 
-    def __init__(self, grid: Grid, *, run: str, bundle: PublicBundle) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, *, run: str, bundle: PublicBundle, log: RunLog) -> None:
+        self._grid, self._log = grid, log
         self._hello = Hello(run=run, bundle=bundle.digest)
         self._bundle = bundle
         self._asked: dict[str, _Asked] = {}
         self._declined: dict[int, tuple[float, str]] = {}
         self._sites: dict[str, Site] = {}
         self._retired: dict[str, Site] = {}
+        self._members: dict[str, int] | None = None  # who was there after the last gathering, and where
 
     def gather(self, *, server_round: int, at_least: int, patience_seconds: float) -> list[Site]:
         """Greet every node that is new, and wait for enough sites.
@@ -91,6 +95,7 @@ class Roster:
             over = now - begin >= patience_seconds
             slow = any(now - one.since < patience_seconds / 10 for one in self._asked.values())
             if len(self._sites) >= at_least and (over or not slow):
+                self._tell_changes(server_round)
                 return [self._sites[name] for name in sorted(self._sites)]
             if over:
                 raise QuorumError(self._too_few(server_round, at_least))
@@ -100,16 +105,19 @@ class Roster:
         """Greet this site anew before the next round: it failed, and may have moved or lost the bundle."""
         self._sites.pop(site.name, None)
 
-    def retire(self, site: Site) -> None:
-        """Do not ask this site again in this run."""
+    def retire(self, site: Site, *, server_round: int, reason: str) -> None:
+        """Do not ask this site again, as long as this coordinator lives: a resumed run greets it anew."""
         self._retired[site.name] = self._sites.pop(site.name)
+        self._log.record("site_retired", round=server_round, site=site.name, reason=reason)
 
     def _greet(self, *, ttl: float) -> None:
-        now = time.monotonic()
+        now, connected = time.monotonic(), dict.fromkeys(self._grid.get_node_ids())
+        self._sites = {name: site for name, site in self._sites.items() if site.node_id in connected}
         known = {site.node_id for site in [*self._sites.values(), *self._retired.values()]}
         asked = {one.node_id for one in self._asked.values()}
         resting = {node for node, (since, _) in self._declined.items() if now - since < _RETRY_SECONDS}
-        new = [node for node in self._grid.get_node_ids() if node not in known | asked | resting]
+        engaged = known | asked | resting
+        new = [node for node in connected if node not in engaged]
         fresh = [_Asked(node_id=node, since=now) for node in new]
         if fresh:
             self._send(fresh, HELLO, encode(self._hello), ttl=ttl)
@@ -160,6 +168,19 @@ class Roster:
     def _decline(self, node_id: int, why: str) -> None:
         logger.warning("node %d does not take part yet: %s", node_id, why)
         self._declined[node_id] = (time.monotonic(), why)
+
+    def _tell_changes(self, server_round: int) -> None:
+        """Record who came and who went since the last gathering; a site that is greeted anew did neither."""
+        now = {name: site.node_id for name, site in self._sites.items()}
+        connected = set(self._grid.get_node_ids())
+        before = self._members if self._members is not None else now
+        for name in sorted(now.keys() - before.keys()):
+            self._log.record("site_joined", round=server_round, site=name, reason="it is ready to train")
+        gone = {name: node for name, node in before.items() if now.get(name, node) not in connected}
+        for name in sorted(gone):
+            self._log.record("site_left", round=server_round, site=name, reason="its node is gone")
+        stayed = {name: node for name, node in before.items() if name not in gone}
+        self._members = {**stayed, **now}
 
     def _too_few(self, server_round: int, at_least: int) -> str:
         reasons = [f"node {node} declined: {why}" for node, (_, why) in sorted(self._declined.items())]

@@ -1,11 +1,7 @@
-"""The rounds of a run: ask, average, checkpoint, evaluate. Killed at any moment, a run can be resumed."""
+"""The rounds of a run: ask, combine, checkpoint, evaluate. Killed at any moment, a run can be resumed."""
 
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +9,25 @@ from flwr.serverapp import Grid
 
 from server import checkpoints
 from server.anchors import ANCHORS_FILE, AnchorBook
-from server.checkpoints import Checkpoint
-from server.errors import CheckpointError, QuorumError
-from server.exchange import Exchange, exchange
+from server.checkpoints import Best, Checkpoint
+from server.errors import QuorumError
+from server.exchange import Exchange, Outcome, Rules
 from server.federation import Federation
+from server.identity import Start, facts, identity, resume_point
+from server.improvement import Improvement
+from server.late import LATE_FOLDER, LateReleases
 from server.metrics import RunLog
-from server.roster import Roster, Site
+from server.registry import REGISTRY_FILE, Registry
+from server.roster import POLL_SECONDS, Roster, Site
+from server.selection import select
 from strategies.in_process import InProcessGrid
-from strategies.messages import Arrays, PublicBundle, RefusalCode, ReleaseFacts, TrainRequest
+from strategies.messages import Arrays, RefusalCode, ReleaseFacts, TrainRequest
+from strategies.strategy import Strategy, strategy_of
 
+__all__ = ["Evaluate", "Start", "run_rounds"]
+
+STRATEGY_FOLDER = "strategy"
 Evaluate = Callable[[Arrays], Mapping[str, Any] | None]
-_LIBRARIES = ("flwr", "numpy", "torch", "opacus", "dp-accounting")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a run starts from.
-
-    Attributes:
-        bundle: What every site must hold.
-        arrays: The trainable weights of round 0.
-        public_start: They were trained on public data.
-    """
-
-    bundle: PublicBundle
-    arrays: Arrays
-    public_start: bool
 
 
 def run_rounds(
@@ -51,12 +40,14 @@ def run_rounds(
     log: RunLog,
     resume: bool,
 ) -> Arrays:
-    """Train all rounds; the final weights, which are also the last checkpoint.
+    """Train all rounds, or as many as still help; the final weights, which are also the last checkpoint.
 
     Guarantees:
         Killed at any moment and resumed, it ends after the same rounds with the same weights as without the
         kill: a round without a checkpoint is asked for again by the same request, and a site answers that
-        with the release it stored, at no cost.
+        with the release it stored, at no cost. Nothing random is kept for that: what is drawn here is a
+        function of run, seed and round. The exception are releases that come late: those that had come are
+        kept, those still on their way at the kill are dropped.
 
     Args:
         grid: Flower's way to the sites: in this process, on Ray, or deployed.
@@ -68,11 +59,23 @@ def run_rounds(
         resume: Go on from the last checkpoint, if there is one.
 
     Raises:
-        QuorumError: fewer sites than ``strategy.min-sites`` were ready or released; resuming asks again.
+        QuorumError: fewer sites than ``strategy.min-sites`` were ready, or released however often the round
+            was repeated; resuming asks again.
         CheckpointError: the folder holds another run, or it holds this one and ``resume`` is false.
     """
-    run = _Run(grid, federation, run_dir=run_dir, start=start, evaluate=evaluate, log=log)
-    return run.go(_resume_point(run_dir, federation, start, resume=resume))
+    done = resume_point(run_dir, federation, start, resume=resume)
+    with Registry(run_dir / REGISTRY_FILE) as registry:
+        run = _Run(
+            grid,
+            federation,
+            run_dir=run_dir,
+            start=start,
+            evaluate=evaluate,
+            log=log,
+            registry=registry,
+            values={} if done is None else done.manifest["evaluations"],
+        )
+        return run.go(done)
 
 
 class _Run:
@@ -85,65 +88,136 @@ class _Run:
         start: Start,
         evaluate: Evaluate,
         log: RunLog,
+        registry: Registry,
+        values: Mapping[str, float],
     ) -> None:
-        self._grid, self._federation, self._run_dir = grid, federation, run_dir
+        self._federation, self._run_dir, self._grid = federation, run_dir, grid
         self._start, self._evaluate, self._log = start, evaluate, log
         self._in_turn = isinstance(grid, InProcessGrid)
-        self._roster = Roster(grid, run=federation.name, bundle=start.bundle)
-        self._identity = _identity(federation, start)
-        self._anchors = AnchorBook(run_dir / ANCHORS_FILE)
+        self._roster = Roster(grid, run=federation.name, bundle=start.bundle, log=log)
+        self._identity = identity(federation, start)
+        self._strategy = _strategy(federation, run_dir)
+        anchors = AnchorBook(run_dir / ANCHORS_FILE)
+        self._late = LateReleases(run_dir / LATE_FOLDER, anchors=anchors, registry=registry, log=log)
+        self._exchange = Exchange(
+            grid, self._rules(), anchors=anchors, registry=registry, late=self._late, log=log
+        )
+        evaluation = federation.evaluation
+        self._improvement = Improvement.parse(
+            evaluation.metric, stop_after=evaluation.stop_after, values=values
+        )
 
     def go(self, done: Checkpoint | None) -> Arrays:
         begin = time.monotonic()
-        rounds = self._federation.training.rounds
         if done is None:
-            sites = self._gather(1)
-            self._log.record("run_started", **_facts(self._federation, self._start, sites))
-            done = Checkpoint(0, self._start.arrays, {"summary": None})
+            sites = self._roster_of(1)
+            names = [site.name for site in sites]
+            self._log.record("run_started", **facts(self._federation, self._start, names))
+            done = self._checkpoint(0, self._start.arrays, summary=None, late=[])
             self._save(done)
         else:
+            self._strategy.restore(done.strategy)
+            self._late.remove(done.manifest["late"])
             self._log.record("run_resumed", round=done.server_round)
+            self._late.drop_lost(self._federation.name, server_round=done.server_round)
         self._tell(done)  # on resuming too: the crash may have swallowed it, and readers keep the last
-        for server_round in range(done.server_round + 1, rounds + 1):
+        for server_round in range(done.server_round + 1, self._federation.training.rounds + 1):
+            if self._improvement.is_over:
+                self._tell_stopped(done.server_round)
+                break
             done = self._round(server_round, done.arrays)
-        self._log.record("run_finished", rounds=rounds, seconds=time.monotonic() - begin)
+        self._late.give_up(done.server_round)
+        self._log.record("run_finished", rounds=done.server_round, seconds=time.monotonic() - begin)
         return done.arrays
 
     def _round(self, server_round: int, base: Arrays) -> Checkpoint:
         """One round from the gathering of sites to its last event."""
-        strategy = self._federation.strategy
-        sites = self._gather(server_round)
-        self._log.record("round_started", round=server_round, sites=[site.name for site in sites])
+        outcome = self._agreed(server_round, base)
+        exchanged = outcome.seconds - outcome.aggregate_seconds
         begin = time.monotonic()
-        outcome = exchange(
-            self._grid,
-            self._request(server_round, base),
-            sites,
-            weighting=strategy.weighting,
-            anchors=self._anchors,
-            log=self._log,
-        )
-        exchanged = time.monotonic() - begin - outcome.aggregate_seconds
-        self._dismiss(outcome)
-        _require_quorum(server_round, outcome, strategy.min_sites)
-        begin = time.monotonic()
-        arrays = outcome.average.result()
-        averaged = time.monotonic() - begin + outcome.aggregate_seconds
+        arrays = {**base, **self._strategy.finish()}
+        combined = time.monotonic() - begin + outcome.aggregate_seconds
         # Sites round their seconds up, so what they say can be more than there was.
         train = min(exchanged, _train_seconds(outcome.replied.values(), in_turn=self._in_turn))
-        seconds = {"train": train, "communicate": exchanged - train, "aggregate": averaged}
+        seconds = {"train": train, "communicate": exchanged - train, "aggregate": combined}
         summary = {"replied": len(outcome.replied), "refused": len(outcome.refused), "seconds": seconds}
-        done = Checkpoint(server_round, arrays, {"summary": summary})
+        done = self._checkpoint(server_round, arrays, summary=summary, late=outcome.late)
         seconds["checkpoint"] = self._save(done)
+        self._late.remove(outcome.late)
         self._tell(done)
         return done
 
-    def _gather(self, server_round: int) -> list[Site]:
+    def _agreed(self, server_round: int, base: Arrays) -> Outcome:
+        """Ask for the round until enough sites have released, or it has been repeated often enough."""
+        strategy = self._federation.strategy
+        attempt = 0
+        while True:
+            attempt += 1
+            outcome = self._asked(server_round, base)
+            if len(outcome.replied) >= strategy.min_sites:
+                return outcome
+            if attempt > strategy.round_retries:
+                raise QuorumError(_too_few(server_round, outcome, strategy.min_sites, attempts=attempt))
+            self._log.record(
+                "round_repeated",
+                round=server_round,
+                attempt=attempt + 1,
+                reason=f"{len(outcome.replied)} sites replied, {strategy.min_sites} are needed",
+            )
+
+    def _asked(self, server_round: int, base: Arrays) -> Outcome:
+        """Ask the sites of the draw once."""
+        self._late.forget(server_round)
+        self._late.collect(self._grid, server_round=server_round)
+        sites = self._drawn(server_round)
+        self._log.record("round_started", round=server_round, sites=[site.name for site in sites])
+        outcome = self._exchange.round(self._request(server_round, base), sites, self._strategy)
+        self._dismiss(server_round, outcome)
+        return outcome
+
+    def _drawn(self, server_round: int) -> list[Site]:
+        """Who is asked: a draw from the ready sites; one that is late sits out if others suffice."""
+        strategy, engaged = self._federation.strategy, self._late.engaged
+        ready = self._roster_of(server_round)
+        free = [site for site in ready if site.name not in engaged]
+        free = free if len(free) >= strategy.min_sites else ready
+        count = strategy.asked_of(len(free))
+        sites, others = select(
+            free,
+            run=self._federation.name,
+            seed=self._federation.training.seed,
+            server_round=server_round,
+            count=count,
+        )
+        late = [site.name for site in ready if site not in free]
+        if others or late:
+            self._log.record(
+                "sites_selected",
+                round=server_round,
+                selected=[site.name for site in sites],
+                not_selected=[site.name for site in others],
+                late=late,
+                reason=f"{count} of {len(free)} were drawn (strategy.fraction, target-sites); for a late one "
+                "stands its release of an earlier round",
+            )
+        return sites
+
+    def _roster_of(self, server_round: int) -> list[Site]:
         strategy = self._federation.strategy
         return self._roster.gather(
             server_round=server_round,
             at_least=strategy.min_sites,
             patience_seconds=0.0 if self._in_turn else strategy.deadline_seconds,
+        )
+
+    def _rules(self) -> Rules:
+        strategy = self._federation.strategy
+        return Rules(
+            weighting=strategy.weighting,
+            retries=strategy.retries,
+            pause_seconds=0.0 if self._in_turn else POLL_SECONDS,  # waiting here would be their time
+            late=strategy.late,
+            staleness_exponent=strategy.staleness_exponent,
         )
 
     def _request(self, server_round: int, base: Arrays) -> TrainRequest:
@@ -156,17 +230,30 @@ class _Run:
             deadline_unix_seconds=time.time() + self._federation.strategy.deadline_seconds,
         )
 
-    def _dismiss(self, outcome: Exchange) -> None:
+    def _dismiss(self, server_round: int, outcome: Outcome) -> None:
+        engaged = self._late.engaged
         for site, code in outcome.refused.items():
             if code is RefusalCode.BUDGET:
-                self._roster.retire(site)
-            else:
+                self._roster.retire(site, server_round=server_round, reason="its budget is spent")
+            elif site.name not in engaged:
                 self._roster.forget(site)
+
+    def _checkpoint(
+        self, server_round: int, arrays: Arrays, *, summary: Mapping[str, Any] | None, late: Iterable[str]
+    ) -> Checkpoint:
+        manifest = {
+            **self._identity,
+            "summary": summary,
+            "late": list(late),
+            "evaluations": self._improvement.as_json(),
+        }
+        return Checkpoint(server_round, arrays, self._strategy.state(), manifest)
 
     def _save(self, done: Checkpoint) -> float:
         """Write the checkpoint; the seconds it took."""
         begin = time.monotonic()
-        checkpoints.save(self._run_dir, done.server_round, done.arrays, {**self._identity, **done.manifest})
+        policy = self._federation.checkpoints
+        checkpoints.save(self._run_dir, done, keep=policy.keep, keep_every=policy.keep_every)
         return time.monotonic() - begin
 
     def _tell(self, done: Checkpoint) -> None:
@@ -183,87 +270,52 @@ class _Run:
                     evaluation=evaluation,
                     seconds=time.monotonic() - begin,
                 )
+                self._weigh(done.server_round, evaluation)
         if done.manifest["summary"] is not None:
             self._log.record("round_finished", round=done.server_round, **done.manifest["summary"])
 
+    def _weigh(self, server_round: int, evaluation: Mapping[str, Any]) -> None:
+        """Name this checkpoint the best, if it is."""
+        self._improvement.see(server_round, evaluation)
+        best = self._improvement.best
+        if best is not None and best[0] == server_round:
+            named = Best(server_round=server_round, metric=self._improvement.metric, value=best[1])
+            checkpoints.name_best(self._run_dir, named)
 
-def _resume_point(run_dir: Path, federation: Federation, start: Start, *, resume: bool) -> Checkpoint | None:
-    """Where to go on; None: at the start. Also writes the settings, once they are known to fit the folder."""
-    done = checkpoints.load_latest(run_dir) if resume else None
-    if done is not None:
-        _require_same_run(run_dir, done.manifest, _identity(federation, start))
-    elif not resume and (found := checkpoints.newest_round(run_dir)) is not None:
-        raise CheckpointError(
-            f"{run_dir} holds a run that got to round {found}: --resume continues it, "
-            "another run folder starts a new one"
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = federation.model_dump(mode="json", by_alias=True)
-    (run_dir / "federation.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    return done
-
-
-def _require_same_run(run_dir: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    was, now = ({"bundle": one.get("bundle"), **one.get("settings", {})} for one in (manifest, identity))
-    odd = [
-        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-        for key in {**was, **now}
-        if was.get(key) != now.get(key)
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{run_dir} holds another run: {'; '.join(odd)}. Use the settings it was started with to resume "
-            "it, or another run folder for a new run"
+    def _tell_stopped(self, server_round: int) -> None:
+        evaluation, best = self._federation.evaluation, self._improvement.best
+        self._log.record(
+            "stopped_early",
+            round=server_round,
+            best_round=best and best[0],
+            metric=evaluation.metric,
+            value=best and best[1],
+            reason=f"{evaluation.stop_after} evaluations were no better (evaluation.stop-after)",
         )
 
 
-def _identity(federation: Federation, start: Start) -> dict[str, Any]:
-    """What must not change in the life of a run: all that decides its weights."""
-    plan = {f"plan.{name}": value for name, value in federation.plan().model_dump(mode="json").items()}
-    strategy = {
-        "strategy.name": federation.strategy.name,
-        "strategy.weighting": federation.strategy.weighting,
-    }
-    return {"bundle": start.bundle.digest, "settings": {"name": federation.name, **strategy, **plan}}
+def _strategy(federation: Federation, run_dir: Path) -> Strategy:
+    training = federation.training
+    return strategy_of(
+        federation.strategy,
+        folder=run_dir / STRATEGY_FOLDER,
+        step_length=training.learning_rate * training.steps,
+    )
 
 
-def _facts(federation: Federation, start: Start, sites: Iterable[Site]) -> dict[str, Any]:
-    privacy = federation.privacy
-    return {
-        "run": federation.name,
-        "objective": federation.objective.name,
-        "part": federation.share.part,
-        "parameters": {
-            "total": sum(value.size for value in start.bundle.weights.values()),
-            "trainable": sum(value.size for value in start.arrays.values()),
-        },
-        "config": federation.public_settings(),
-        "rounds": federation.training.rounds,
-        "sites": [site.name for site in sites],
-        "privacy": {
-            "mode": privacy.mode,
-            "unit": "patient",
-            "epsilon": privacy.epsilon,
-            "formal_guarantee": privacy.mode == "dp",
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-    }
-
-
-def _require_quorum(server_round: int, outcome: Exchange, min_sites: int) -> None:
-    if len(outcome.replied) >= min_sites:
-        return
+def _too_few(server_round: int, outcome: Outcome, min_sites: int, *, attempts: int) -> str:
     codes = ", ".join(f"{site.name} {code}" for site, code in outcome.refused.items())
     remedy = "Each site's own log says why; repair that, then --resume asks for this round again"
     if RefusalCode.BUDGET in outcome.refused.values():
         remedy += "; a spent budget stays spent, and only its site can raise policy.epsilon-max"
-    raise QuorumError(
-        f"round {server_round}: {len(outcome.replied)} sites replied, {min_sites} are needed "
+    asked = f" in each of {attempts} attempts" if attempts > 1 else ""
+    return (
+        f"round {server_round}: {len(outcome.replied)} sites replied{asked}, {min_sites} are needed "
         f"(strategy.min-sites); the others: {codes or 'none'}. {remedy}"
     )
 
 
-def _train_seconds(facts: Iterable[ReleaseFacts], *, in_turn: bool) -> float:
+def _train_seconds(replies: Iterable[ReleaseFacts], *, in_turn: bool) -> float:
     """Seconds the sites trained, as they report: one after the other in this process, else side by side."""
-    seconds = [0.0, *(one.seconds for one in facts if not one.replayed)]
+    seconds = [0.0, *(one.seconds for one in replies if not one.replayed)]
     return sum(seconds) if in_turn else max(seconds)

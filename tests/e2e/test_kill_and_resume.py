@@ -24,6 +24,7 @@ from privacy.accounting import epsilon
 from privacy.ledger import Ledger
 from server import checkpoints
 from server.metrics import finished_rounds, read_events
+from server.registry import REGISTRY_FILE, Registry
 from strategies.messages import digest_of
 from tests.small_hospitals import change_site, write_federation
 
@@ -120,7 +121,8 @@ def copied(made: Path, root: Path) -> Path:
         shutil.copytree(made / "hospitals" / name, folder, ignore=shutil.ignore_patterns("dicom"))
         (folder / "dicom").symlink_to(made / "hospitals" / name / "dicom")
         change_site(folder, testing={"insecure-noise-seed": 11})
-    write_federation(root, training={"rounds": ROUNDS})
+    # A strategy with a state of its own, which a run that forgot it would show.
+    write_federation(root, training={"rounds": ROUNDS}, strategy={"name": "fedadam"})
     return root
 
 
@@ -255,6 +257,25 @@ def require_sound_ledger(folder: Path, *, finished: int) -> None:
     assert digests == {digest_of(release.update) for release in releases if release}
 
 
+def require_told(root: Path) -> None:
+    """The registry has the one request of every site and round, and that its release was taken at last."""
+    with Registry(root / "runs" / "small" / REGISTRY_FILE) as registry:
+        entries = registry.entries()
+    for site, server_round in itertools.product(SITES, range(1, ROUNDS + 1)):
+        mine = [one for one in entries if (one.site, one.server_round) == (site, server_round)]
+        assert [one.attempt for one in mine] == list(range(1, len(mine) + 1))
+        assert len({one.request for one in mine}) == 1
+        assert {one.outcome for one in mine} <= {"released", None}
+        assert mine[-1].outcome == "released"
+    charged = {
+        row.body["request"]["request_digest"]
+        for site in SITES
+        for row in Site.open(root / "hospitals" / site).ledger().rows()[1:]
+        if row.body["event"] == "reserved"
+    }
+    assert charged == {one.request for one in entries}
+
+
 def story(ledger: Ledger) -> list[dict[str, Any]]:
     """What was done, without when it was and with whose key."""
     beside = ("time", "clock", "salt", "key")
@@ -270,6 +291,10 @@ def require_complete(root: Path, reference: Path) -> None:
     assert ends[1] is not None
     assert ends[0].server_round == ROUNDS
     assert digest_of(ends[0].arrays) == digest_of(ends[1].arrays)
+    assert ends[0].strategy
+    assert digest_of(ends[0].strategy) == digest_of(ends[1].strategy)
+    assert checkpoints.best_of(root / "runs/small") == checkpoints.best_of(reference / "runs/small")
+    require_told(root)
     for name in SITES:
         ours, theirs = (Site.open(one / "hospitals" / name).ledger() for one in (root, reference))
         assert len(ours.events()) == ROUNDS

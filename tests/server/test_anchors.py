@@ -18,6 +18,7 @@ from server.metrics import RunLog, read_events
 from server.rounds import run_rounds
 from strategies.in_process import InProcessGrid
 from strategies.messages import Refusal, Release, TrainRequest
+from strategies.strategy import Strategy
 from tests.fake_site import FakeSites, federation, start
 
 PRIVATE = {"privacy": {"mode": "dp", "epsilon": 8.0}, "objective": {"name": "anchored"}}
@@ -206,14 +207,12 @@ def test_what_is_known_of_a_ledger_outlives_the_coordinator(tmp_path: Path, key:
 def test_the_head_is_on_disk_before_the_release_is_folded_in(
     tmp_path: Path, key: SiteKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from strategies.fedavg import FedAvg
-
-    fold, seen = FedAvg.fold, list[int]()
+    fold, seen = Strategy.fold, list[int]()
 
     def looking(*args: Any, **kwargs: Any) -> Any:
         seen.append(len((tmp_path / "run" / "anchors.jsonl").read_text().splitlines()))
         return fold(*args, **kwargs)
 
-    monkeypatch.setattr(FedAvg, "fold", looking)
+    monkeypatch.setattr(Strategy, "fold", looking)
     run(tmp_path, {"north": [anchor(key, 2 * r) for r in (1, 2, 3)]})
     assert seen == [1, 2, 3]

@@ -204,3 +204,63 @@ def test_microbatch_may_claim_an_epsilon() -> None:
     document = {"version": 1, "name": "d", "privacy": {"epsilon": 3.0}, "objective": {"name": "microbatch"}}
     plan = Federation.parse(document, source="f").plan()
     assert (plan.objective, plan.groups, plan.epsilon) == ("microbatch", 16, 3.0)
+
+
+def with_strategy(tmp_path: Path, keys: str) -> Federation:
+    return load(tmp_path, f"{MINIMAL}[strategy]\n{keys}\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "ready", "asked"),
+    [
+        ("", 5, 5),
+        ("", 0, 0),
+        ("fraction = 0.5", 5, 3),
+        ("fraction = 0.07", 100, 7),
+        ("fraction = 0.01", 10, 2),
+        ("fraction = 1e-9", 1, 1),
+        ("target-sites = 3", 5, 3),
+        ("target-sites = 9", 5, 5),
+    ],
+)
+def test_so_many_of_the_ready_sites_are_asked(tmp_path: Path, keys: str, ready: int, asked: int) -> None:
+    assert with_strategy(tmp_path, keys).strategy.asked_of(ready) == asked
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ("fraction = 0", "strategy.fraction: .*greater than 0"),
+        ("fraction = 1.1", "strategy.fraction: .*less than or equal to 1"),
+        ("fraction = 0.5\ntarget-sites = 3", "name one of: fraction, target-sites"),
+        ("target-sites = 1", "target-sites = 1 asks fewer than min-sites = 2 needs"),
+        ("late = 'never'", "strategy.late: .*'drop' or 'stale'"),
+        ("retries = -1", "strategy.retries: .*greater than or equal to 0"),
+        ("name = 'krum'", "'krum' cannot combine fewer than 5 releases: raise min-sites = 2"),
+        ("name = 'scaffold'", "scaffold .*set 'sgd'"),
+        ("targetsites = 3", "did you mean 'target-sites'"),
+    ],
+)
+def test_a_choice_of_sites_that_cannot_be_meant_is_refused(tmp_path: Path, keys: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        with_strategy(tmp_path, keys)
+
+
+def test_stopping_early_needs_something_to_evaluate_on(tmp_path: Path) -> None:
+    evaluation = "[evaluation]\nstop-after = 3\n"
+    with pytest.raises(SettingsError, match=r"evaluation\.stop-after needs evaluations: name public data"):
+        load(tmp_path, MINIMAL + evaluation)
+    public = 'data.table = "public.csv"\nmetric = "zero_shot.macro_auroc"\n'
+    assert load(tmp_path, MINIMAL + evaluation + public).evaluation.stop_after == 3
+    assert load(tmp_path, MINIMAL + evaluation + '[simulation]\nsites = "s"\n').evaluation.stop_after == 3
+
+
+def test_an_unknown_metric_is_refused_and_the_known_ones_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"evaluation\.metric: .*zero_shot\.macro_auroc"):
+        load(tmp_path, MINIMAL + '[evaluation]\nmetric = "accuracy"\n')
+
+
+def test_at_least_one_checkpoint_is_kept(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL).checkpoints.keep == 3
+    with pytest.raises(SettingsError, match=r"checkpoints\.keep: .*greater than or equal to 1"):
+        load(tmp_path, MINIMAL + "[checkpoints]\nkeep = 0\n")

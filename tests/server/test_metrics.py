@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+import re
 import socket
 import urllib.request
 from pathlib import Path
@@ -23,6 +24,8 @@ from server.metrics import (
     finished_rounds,
     read_events,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -171,6 +174,21 @@ def test_a_later_refusal_replaces_a_reply_but_not_what_it_spent() -> None:
     ]
     assert [found["kind"] for found in effective(events)] == ["site_refused", "site_replied", "site_replied"]
     assert epsilon_spent(events) == {"a": 0.5}
+
+
+def test_what_a_late_release_spent_counts() -> None:
+    events = [event("site_replied", round=1, site="a", epsilon=0.5)]
+    late = event("late_arrived", round=3, asked_in_round=2, site="a", epsilon=0.8)
+    assert epsilon_spent([*events, late]) == {"a": 0.8}
+
+
+def test_every_kind_of_event_is_explained_to_people() -> None:
+    """In docs/running.md, and nothing is explained there that nobody records."""
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "server").glob("*.py"))
+    recorded = set(re.findall(r"\.record\(\s*\"([a-z_]+)\"", source))
+    page = (ROOT / "docs" / "running.md").read_text("utf-8")
+    explained = set(re.findall(r"^\| `([a-z]+_[a-z_]+|evaluated)` \|", page, flags=re.MULTILINE))
+    assert recorded == explained
 
 
 # The exporter

@@ -2,7 +2,7 @@ import json
 import os
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from server import checkpoints
-from server.checkpoints import load_latest
+from server.checkpoints import load_best, load_latest
 from server.errors import CheckpointError, QuorumError, RunError
 from server.federation import Federation
-from server.metrics import Event, RunLog, effective, finished_rounds, read_events
-from server.roster import Roster
-from server.rounds import Start, run_rounds
-from strategies.fedavg import FedAvg
+from server.metrics import RunLog, effective, finished_rounds, read_events
+from server.registry import Entry
+from server.rounds import Start
 from strategies.in_process import InProcessGrid
 from strategies.messages import Arrays, Refusal, RefusalCode, Release, TrainRequest, encode
+from strategies.strategy import Strategy
 from tests.fake_site import (
     MARKER,
     FakeSites,
@@ -34,81 +33,22 @@ from tests.fake_site import (
     send_old_round,
     send_wrong_names,
     send_wrong_shape,
-    start,
-    trained,
 )
-
-SITES = ("alpha", "beta", "gamma")
+from tests.server.cases import (
+    SITES,
+    Case,
+    Deployed,
+    Killed,
+    Steps,
+    averaged,
+    close,
+    same,
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-class Case:
-    """A federation in a folder, to be run once or again."""
-
-    def __init__(self, folder: Path, *names: str, settings: Federation | None = None) -> None:
-        (folder / "sites").mkdir(parents=True)
-        self.run_dir = folder / "run"
-        self.sites = FakeSites(folder / "sites")
-        self.names = names or SITES
-        self.settings = settings or federation()
-        self.start = start()
-        self.evaluate: Callable[[Arrays], Mapping[str, Any] | None] = lambda arrays: {"size": len(arrays)}
-
-    def react(self, **reactions: Reaction) -> "Case":
-        self.sites.reactions |= reactions
-        return self
-
-    def grid(self) -> InProcessGrid:
-        return InProcessGrid(self.sites.app, FakeSites.configs(*self.names))
-
-    def run(self, *, resume: bool = False, grid: Any = None) -> Arrays:
-        return run_rounds(
-            grid or self.grid(),
-            self.settings,
-            run_dir=self.run_dir,
-            start=self.start,
-            evaluate=self.evaluate,
-            log=RunLog(self.run_dir / "metrics.jsonl"),
-            resume=resume,
-        )
-
-    def events(self, kind: str) -> list[Event]:
-        events = read_events(self.run_dir / "metrics.jsonl")
-        return [event for event in events if event["kind"] == kind]
-
-
-def averaged(case: Case, *, rounds: int, weights: Mapping[str, float]) -> Arrays:
-    """The weights by the textbook, in float64."""
-    arrays = case.start.arrays
-    for server_round in range(1, rounds + 1):
-        request = TrainRequest(
-            run="test", server_round=server_round, bundle="", plan=case.settings.plan(), arrays=arrays
-        )
-        updates = {site: trained(request, site) for site in weights}
-        arrays = {
-            name: (
-                value
-                + np.average(
-                    [updates[site][name].astype(np.float64) for site in weights],
-                    axis=0,
-                    weights=list(weights.values()),
-                )
-            ).astype(np.float32)
-            for name, value in arrays.items()
-        }
-    return arrays
-
-
-def close(left: Arrays, right: Arrays) -> bool:
-    return left.keys() == right.keys() and all(np.allclose(left[name], right[name]) for name in left)
-
-
-def same(left: Arrays, right: Arrays) -> bool:
-    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
 def test_sites_are_weighted_by_declared_patients(tmp_path: Path) -> None:
@@ -248,17 +188,241 @@ def test_a_site_whose_budget_is_spent_is_not_asked_again(tmp_path: Path) -> None
     assert [event["sites"] for event in case.events("round_started")] == [
         list(SITES), ["alpha", "gamma"], ["alpha", "gamma"],
     ]  # fmt: skip
+    [retired] = case.events("site_retired")
+    assert (retired["round"], retired["site"], retired["reason"]) == (1, "beta", "its budget is spent")
 
 
-def test_a_site_that_failed_is_asked_again(tmp_path: Path) -> None:
-    failing = [True]
+def failing_once() -> Reaction:
+    left = [True]
+    return lambda request, release: crash(request, release) if left and left.pop() else release
 
-    def once(request: TrainRequest, release: Release) -> Release:
-        return crash(request, release) if failing and failing.pop() else release
 
-    case = Case(tmp_path).react(beta=once)
+@pytest.mark.parametrize(("retries", "replied"), [(0, [2, 3, 3]), (1, [3, 3, 3])])
+def test_a_site_that_failed_is_asked_again(tmp_path: Path, retries: int, replied: list[int]) -> None:
+    case = Case(tmp_path, settings=federation(strategy={"retries": retries})).react(beta=failing_once())
     case.run()
-    assert [event["replied"] for event in case.events("round_finished")] == [2, 3, 3]
+    assert [event["replied"] for event in case.events("round_finished")] == replied
+
+
+def test_every_ask_is_in_the_registry_with_what_came_of_it(tmp_path: Path) -> None:
+    settings = federation(training={"rounds": 1}, strategy={"min-sites": 1})
+    case = Case(tmp_path, settings=settings).react(alpha=refuse(RefusalCode.POLICY), beta=failing_once())
+    case.run()
+    asks = case.asks()
+    assert [(one.site, one.attempt, one.outcome, one.bytes_up) for one in asks] == [
+        ("alpha", 1, "policy", 0),
+        ("beta", 1, "failed", 0),
+        ("gamma", 1, "released", 44),
+        ("beta", 2, "released", 44),
+    ]
+    assert len({one.request for one in asks}) == 1
+    assert {(one.run, one.server_round, one.bytes_down) for one in asks} == {("test", 1, 44)}
+
+
+def test_a_retry_says_why_and_stays_within_the_deadline(tmp_path: Path) -> None:
+    settings = federation(training={"rounds": 1}, strategy={"retries": 9, "deadline-seconds": 1.0})
+    case = Case(tmp_path, settings=settings).react(beta=crash)
+    began = time.monotonic()
+    case.run(grid=Deployed(case))
+    assert time.monotonic() - began < 3
+    retried = case.events("site_retried")
+    assert [event["attempt"] for event in retried] == [2, 3]  # at once, then after half a second
+    assert {(event["site"], event["round"]) for event in retried} == {("beta", 1)}
+    assert "costs no budget" in retried[0]["reason"]
+    assert [event["code"] for event in case.events("site_refused")] == ["failed"]
+
+
+def test_a_site_that_flower_cannot_reach_is_tried_again(tmp_path: Path) -> None:
+    class Unreachable(InProcessGrid):
+        refused = 0
+
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            accepted = super().push_messages(messages)
+            if any(self._sent[one].metadata.message_type == "train" for one in accepted) and not self.refused:
+                self.refused += 1
+                return accepted[1:]
+            return accepted
+
+    case = Case(tmp_path, settings=federation(training={"rounds": 1}))
+    case.run(grid=Unreachable(case.sites.app, FakeSites.configs(*SITES)))
+    assert [event["replied"] for event in case.events("round_finished")] == [3]
+    assert [(one.site, one.outcome) for one in case.asks() if one.site == "alpha"] == [
+        ("alpha", "unreachable"), ("alpha", "released"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("private", "asked"), [(False, 2), (True, 1)])
+def test_a_failure_that_a_private_site_itself_reports_is_not_charged_twice(
+    tmp_path: Path, private: bool, asked: int
+) -> None:
+    settings = federation(training={"rounds": 1}, strategy={"min-sites": 1})
+    if private:
+        privacy = {"mode": "dp", "epsilon": 1.0}
+        settings = federation(
+            training={"rounds": 1},
+            strategy={"min-sites": 1},
+            privacy=privacy,
+            objective={"name": "anchored"},
+        )
+    case = Case(tmp_path, "alpha", settings=settings).react(alpha=refuse(RefusalCode.FAILED))
+    with pytest.raises(QuorumError):
+        case.run()
+    assert len(case.asks()) == asked
+
+
+def test_a_round_with_too_few_releases_is_repeated_with_the_same_requests(tmp_path: Path) -> None:
+    undisturbed = Case(tmp_path / "a").run()
+    settings = federation(strategy={"min-sites": 3, "retries": 0, "round-retries": 1})
+    case = Case(tmp_path / "b", settings=settings).react(alpha=failing_once())
+    assert same(case.run(), undisturbed)
+    [repeated] = case.events("round_repeated")
+    assert (repeated["round"], repeated["attempt"]) == (1, 2)
+    assert repeated["reason"] == "2 sites replied, 3 are needed"
+    assert [case.sites.trainings(site) for site in SITES] == [3, 3, 3]
+    assert len({one.request for one in case.asks() if one.server_round == 1}) == 1
+
+
+def test_a_round_is_repeated_so_often_and_then_the_run_stops(tmp_path: Path) -> None:
+    settings = federation(strategy={"min-sites": 3, "retries": 0, "round-retries": 2})
+    case = Case(tmp_path, settings=settings).react(alpha=crash)
+    with pytest.raises(QuorumError, match=r"round 1: 2 sites replied in each of 3 attempts, 3 are needed"):
+        case.run()
+    assert [event["attempt"] for event in case.events("round_repeated")] == [2, 3]
+
+
+def test_so_many_sites_as_wanted_are_asked_and_the_others_are_named(tmp_path: Path) -> None:
+    settings = federation(strategy={"target-sites": 2}, training={"rounds": 6})
+    case = Case(tmp_path, settings=settings)
+    case.run()
+    selected = case.events("sites_selected")
+    assert len(selected) == 6
+    for event, started in zip(selected, case.events("round_started"), strict=True):
+        assert started["sites"] == event["selected"]
+        assert sorted([*event["selected"], *event["not_selected"]]) == list(SITES)
+        assert "2 of 3 were drawn" in event["reason"]
+    assert len({tuple(event["selected"]) for event in selected}) > 1
+
+
+def test_a_resumed_run_draws_the_same_sites(tmp_path: Path) -> None:
+    settings = federation(strategy={"fraction": 0.5, "min-sites": 1}, training={"rounds": 5})
+    undisturbed = Case(tmp_path / "a", settings=settings)
+    arrays = undisturbed.run()
+    case = Case(tmp_path / "b", settings=settings)
+    with pytest.MonkeyPatch.context() as patched:
+        Steps(patched, die_at=60)
+        with pytest.raises(Killed):
+            case.run()
+    assert same(case.run(resume=True), arrays)
+    drawn = [{e["round"]: e["sites"] for e in one.events("round_started")} for one in (undisturbed, case)]
+    assert drawn[0] == drawn[1]
+
+
+class Changing(InProcessGrid):
+    """Nodes come and go."""
+
+    online: tuple[int, ...] = (1, 2)
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.online)
+
+
+def test_sites_may_join_and_leave_while_the_run_goes_on(tmp_path: Path) -> None:
+    case = Case(tmp_path, settings=federation(strategy={"min-sites": 1}))
+    grid = Changing(case.sites.app, FakeSites.configs(*SITES))
+
+    def change(request: TrainRequest, release: Release) -> Release:
+        grid.online = {1: (1, 2, 3), 2: (1, 3), 3: (1, 3)}[request.server_round]
+        return release
+
+    case.react(alpha=change).run(grid=grid)
+    assert [event["sites"] for event in case.events("round_started")] == [
+        ["alpha", "beta"], list(SITES), ["alpha", "gamma"],
+    ]  # fmt: skip
+    assert [(e["round"], e["site"], e["reason"]) for e in case.events("site_joined")] == [
+        (2, "gamma", "it is ready to train")
+    ]
+    assert [(e["round"], e["site"], e["reason"]) for e in case.events("site_left")] == [
+        (3, "beta", "its node is gone")
+    ]
+
+
+def measured(*values: float) -> Callable[[Arrays], Mapping[str, Any]]:
+    """An evaluation that finds these values, one after the other."""
+    left = list(values)
+    return lambda _: {"zero_shot": {"macro_auroc": left.pop(0)}}
+
+
+PLATEAU = {"metric": "zero_shot.macro_auroc", "stop-after": 2, "data": {"table": "public.csv"}}
+
+
+def test_a_run_that_gets_no_better_stops_and_names_its_best_checkpoint(tmp_path: Path) -> None:
+    settings = federation(training={"rounds": 9}, evaluation=PLATEAU, checkpoints={"keep": 1})
+    case = Case(tmp_path, settings=settings)
+    case.evaluate = measured(0.5, 0.6, 0.7, 0.7, 0.6)
+    arrays = case.run()
+    [stopped] = case.events("stopped_early")
+    assert (stopped["round"], stopped["best_round"], stopped["value"]) == (4, 2, 0.7)
+    assert stopped["reason"] == "2 evaluations were no better (evaluation.stop-after)"
+    assert case.events("run_finished")[0]["rounds"] == 4
+    best, last = load_best(case.run_dir), load_latest(case.run_dir)
+    assert best is not None
+    assert last is not None
+    assert (best.server_round, last.server_round) == (2, 4)
+    assert same(last.arrays, arrays)
+    assert sorted(path.name for path in case.run_dir.glob("checkpoints/round-*")) == [
+        "round-0002", "round-0004",
+    ]  # fmt: skip
+    case.evaluate = measured(0.6)
+    assert same(case.run(resume=True), arrays)
+    assert len(case.events("round_started")) == 4
+
+
+def test_killed_at_any_step_it_stops_at_the_same_round_and_names_the_same_best(tmp_path: Path) -> None:
+    settings = federation(training={"rounds": 5}, evaluation=PLATEAU, checkpoints={"keep": 1})
+
+    def plateau(folder: Path) -> Case:
+        case = Case(folder, "alpha", "beta", settings=settings)
+        # It is best after round 1, whatever the weights are then: those of round 1 and of no other.
+        case.evaluate = lambda now: {"zero_shot": {"macro_auroc": float(same(now, first))}}
+        return case
+
+    first = after_one_round(tmp_path / "first", settings)
+    undisturbed = plateau(tmp_path / "whole").run()
+    with pytest.MonkeyPatch.context() as patched:
+        steps = Steps(patched, die_at=0)
+        plateau(tmp_path / "counted").run()
+    for die_at in range(1, steps.done + 1, 5):
+        case = plateau(tmp_path / str(die_at))
+        with pytest.MonkeyPatch.context() as patched:
+            Steps(patched, die_at=die_at)
+            with pytest.raises(Killed):
+                case.run()
+        assert same(case.run(resume=True), undisturbed), die_at
+        best = load_best(case.run_dir)
+        assert best is not None
+        assert best.server_round == 1, die_at
+        assert case.events("stopped_early")[-1]["round"] == 3, die_at
+
+
+def after_one_round(folder: Path, settings: Federation) -> Arrays:
+    """The bits of round 1."""
+    case = Case(folder, "alpha", "beta", settings=settings)
+    seen: list[Arrays] = []
+    case.evaluate = seen.append
+    case.run()
+    return seen[1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"), [({"keep": 2}, [4, 5]), ({"keep": 1, "keep-every": 2}, [0, 2, 4, 5])]
+)
+def test_old_checkpoints_are_pruned_as_the_federation_says(
+    tmp_path: Path, policy: dict[str, int], left: list[int]
+) -> None:
+    case = Case(tmp_path, settings=federation(training={"rounds": 5}, checkpoints=policy))
+    case.run()
+    found = sorted(int(path.name[6:]) for path in case.run_dir.glob("checkpoints/round-*"))
+    assert found == left
 
 
 def test_too_few_releases_stop_the_run_and_say_so(tmp_path: Path) -> None:
@@ -311,38 +475,6 @@ def test_a_site_that_declines_to_take_part_is_named_by_code(tmp_path: Path) -> N
 def test_two_nodes_with_one_site_name_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nodes 1 and 2 both call themselves site 'alpha'"):
         Case(tmp_path, "alpha", "alpha").run()
-
-
-class Deployed:
-    """A grid of its own kind: sites work when they are sent something, or ``late``, when looked at."""
-
-    def __init__(self, case: Case, *, silent: Iterable[int] = (), late: float = 0.0) -> None:
-        self.inner = case.grid()
-        self.silent, self.late, self.pulls = set(silent), late, 0
-        self.ready: dict[str, Message] = {}
-
-    def get_node_ids(self) -> list[int]:
-        return self.inner.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        messages = list(messages)
-        accepted = self.inner.push_messages(messages)
-        for message in messages:
-            training = message.metadata.message_type == "train"
-            if not training or not (self.late or message.metadata.dst_node_id in self.silent):
-                self.ready |= self.pulled(message.metadata.message_id)
-        return accepted
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        self.pulls += 1
-        ids = list(message_ids)
-        if self.late and not self.ready.keys() & ids:
-            time.sleep(self.late)
-            self.ready |= self.pulled(*ids)
-        return [self.ready.pop(one) for one in ids if one in self.ready]
-
-    def pulled(self, *ids: str) -> dict[str, Message]:
-        return {reply.metadata.reply_to_message_id: reply for reply in self.inner.pull_messages(ids)}
 
 
 def test_silence_ends_at_the_deadline_and_what_came_in_time_is_used(tmp_path: Path) -> None:
@@ -403,63 +535,75 @@ def test_one_reply_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert eight < one + 2_500_000  # one update has 4 MB
 
 
-class Killed(BaseException):
-    """A kill -9: nothing catches it."""
+STATEFUL = ("fedavg", "fedadam", "fedavgm", "scaffold", "feddyn", "median", "norm-bound")
 
 
-class Steps:
-    """Counts what a run does; dies at the given step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, die_at: int) -> None:
-        self.done, self.die_at = 0, die_at
-        for owner, name in (
-            (RunLog, "record"),
-            (FedAvg, "fold"),
-            (FedAvg, "result"),
-            (checkpoints, "save"),
-            (InProcessGrid, "push_messages"),
-            (InProcessGrid, "_reply_to"),
-            (Roster, "gather"),
-            (os, "rename"),
-        ):
-            monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
-
-    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def watching(*arguments: Any, **named: Any) -> Any:
-            self.step()
-            result = function(*arguments, **named)
-            self.step()
-            return result
-
-        return watching
-
-    def step(self) -> None:
-        self.done += 1
-        if self.done == self.die_at:
-            raise Killed
+def small(folder: Path, name: str = "fedavg") -> Case:
+    names = SITES if name == "median" else SITES[:2]
+    settings = federation(
+        training={"rounds": 3 if name in STATEFUL[1:] else 2, "optimizer": "sgd"},
+        strategy={"name": name, "min-sites": len(names)},
+    )
+    return Case(folder, *names, settings=settings)
 
 
-def small(folder: Path) -> Case:
-    return Case(folder, "alpha", "beta", settings=federation(training={"rounds": 2}))
-
-
-def test_killed_at_any_step_a_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    undisturbed = small(tmp_path / "whole").run()
+@pytest.mark.parametrize("name", STATEFUL)
+def test_killed_at_any_step_a_run_resumes_to_the_same_bits(tmp_path: Path, name: str) -> None:
+    """For a strategy with a state that would show, it is the state of the last checkpoint, or none."""
+    undisturbed = small(tmp_path / "whole", name).run()
     with pytest.MonkeyPatch.context() as patched:
         steps = Steps(patched, die_at=0)
-        small(tmp_path / "counted").run()
+        small(tmp_path / "counted", name).run()
     assert steps.done > 60
-    for die_at in range(1, steps.done + 1):
-        case = small(tmp_path / str(die_at))
+    for die_at in range(1, steps.done + 1, 2 if name == "fedavg" else 9):
+        case = small(tmp_path / str(die_at), name)
         with pytest.MonkeyPatch.context() as patched:
             Steps(patched, die_at=die_at)
             with pytest.raises(Killed):
                 case.run()
         assert same(case.run(resume=True), undisturbed), die_at
-        assert [case.sites.trainings(site) for site in case.names] == [2, 2], die_at
+        rounds = case.settings.training.rounds
+        assert {case.sites.trainings(site) for site in case.names} == {rounds}, die_at
         events = effective(read_events(case.run_dir / "metrics.jsonl"))
-        assert finished_rounds(events) == {1, 2}, die_at
-        assert {event["round"] for event in events if event["kind"] == "evaluated"} == {0, 1, 2}, die_at
+        assert finished_rounds(events) == set(range(1, rounds + 1)), die_at
+        assert {e["round"] for e in events if e["kind"] == "evaluated"} == set(range(rounds + 1)), die_at
+        require_told(case.asks(), sites=case.names, rounds=rounds)
+
+
+def require_told(asks: list[Entry], *, sites: Sequence[str], rounds: int) -> None:
+    """Of each site and round one release was taken, by the one request that it was ever asked."""
+    for site in sites:
+        for server_round in range(1, rounds + 1):
+            mine = [one for one in asks if (one.site, one.server_round) == (site, server_round)]
+            assert [one.attempt for one in mine] == list(range(1, len(mine) + 1))
+            assert len({one.request for one in mine}) == 1
+            assert {one.outcome for one in mine} <= {"released", None}
+            assert mine[-1].outcome == "released"
+
+
+def test_the_state_of_a_strategy_is_its_own_and_shows(tmp_path: Path) -> None:
+    """Else the test above would hold for a coordinator that forgets it."""
+    ends = {name: small(tmp_path / name, name).run() for name in ("fedadam", "fedavgm", "feddyn")}
+    for name, arrays in ends.items():
+        case = small(tmp_path / f"{name}-forgetting", name)
+        with pytest.MonkeyPatch.context() as patched:
+            dying_after(2, patched)
+            with pytest.raises(Killed):
+                case.run()
+            patched.setattr(Strategy, "restore", lambda *_: None)
+            assert not same(case.run(resume=True), arrays), name
+
+
+def dying_after(server_round: int, patched: pytest.MonkeyPatch) -> None:
+    record = RunLog.record
+
+    def dying(log: RunLog, kind: str, **fields: Any) -> None:
+        record(log, kind, **fields)
+        if kind == "round_finished" and fields["round"] == server_round:
+            patched.setattr(RunLog, "record", record)
+            raise Killed
+
+    patched.setattr(RunLog, "record", dying)
 
 
 def test_killed_again_and_again_a_run_still_ends_the_same(tmp_path: Path) -> None:
