@@ -24,7 +24,15 @@ StrategyName = Literal[
     "median", "trimmed-mean", "krum", "multi-krum", "norm-bound", "q-ffl", "afl", "hospital-dp",
 ]  # fmt: skip
 SUMMED = frozenset({"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"})
-MakeRule = Callable[[Arrays], Rule]
+RuleKind = (
+    type[Mean]
+    | type[Median]
+    | type[TrimmedMean]
+    | type[Krum]
+    | type[NormBound]
+    | type[MedianNormBound]
+    | type[HospitalMean]
+)
 
 
 class StrategySettings(Settings):
@@ -187,6 +195,7 @@ class Strategy:
 
     Args:
         make_rule: A new rule for arrays shaped as given.
+        sums: Whether that rule needs the weighted sum alone.
         optimizer: Moves the weights.
         correction: What sites add to their gradients.
         fairness: Changes the sites' weights; null: they stay as they are.
@@ -194,13 +203,14 @@ class Strategy:
 
     def __init__(
         self,
-        make_rule: MakeRule,
+        make_rule: Callable[[Arrays], Rule],
         *,
+        sums: bool,
         optimizer: ServerOptimizer,
         correction: Correction,
         fairness: Fairness | None = None,
     ) -> None:
-        self._make_rule, self._optimizer = make_rule, optimizer
+        self._make_rule, self._sums, self._optimizer = make_rule, sums, optimizer
         self._correction, self._fairness = correction, fairness
         self._base: Arrays = {}
         self._folded: set[str] = set()
@@ -215,14 +225,13 @@ class Strategy:
     def per_site(self) -> bool:
         """Whether a site counts once, with its update of this round; a late one must then be dropped.
 
-        Known once a round has begun. A correction would misread the late one, and in a robust rule it would
-        be a second vote.
+        A correction would misread the late one, and in a robust rule it would be a second vote.
         """
-        return self._correction.per_site or not self._begun.sums
+        return self._correction.per_site or not self._sums
 
     @property
     def is_sum(self) -> bool:
-        """Whether the weighted sum of the updates is enough; known once a round has begun.
+        """Whether the weighted sum of the updates is enough.
 
         Secure aggregation may then hide each update, and fold their mean with the sum of their weights.
         """
@@ -340,8 +349,8 @@ def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float 
         case "fedavgm":
             optimizer = Momentum(rate=rate, momentum=own["server_momentum"])
         case "fedadam" | "fedyogi":
-            kind = FedAdam if settings.name == "fedadam" else FedYogi
-            optimizer = kind(rate=rate, beta_1=own["beta_1"], beta_2=own["beta_2"], tau=own["tau"])
+            adaptive = FedAdam if settings.name == "fedadam" else FedYogi
+            optimizer = adaptive(rate=rate, beta_1=own["beta_1"], beta_2=own["beta_2"], tau=own["tau"])
         case "fedadagrad":
             optimizer = FedAdagrad(rate=rate, tau=own["tau"])
         case "scaffold":
@@ -352,33 +361,36 @@ def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float 
             fairness = LossPower(own["fairness"])
         case "afl":
             fairness = WorstFirst(rate=own["loss_rate"], floor=own["floor"])
+    kind, options = _rule_of(settings)
     return Strategy(
-        _rule_maker(settings, folder), optimizer=optimizer, correction=correction, fairness=fairness
+        lambda like: kind(like, folder=folder, **options),
+        sums=kind.sums,
+        optimizer=optimizer,
+        correction=correction,
+        fairness=fairness,
     )
 
 
-def _rule_maker(settings: StrategySettings, folder: Path) -> MakeRule:
+def _rule_of(settings: StrategySettings) -> tuple[RuleKind, dict[str, Any]]:
+    """The class of the named rule, and what its constructor is told beside names, shapes and a folder."""
     own = settings.parameters
     match settings.name:
         case "median":
-            return lambda like: Median(like, folder=folder)
+            return Median, {}
         case "trimmed-mean":
-            return lambda like: TrimmedMean(like, folder=folder, share=own["trim_share"])
+            return TrimmedMean, {"share": own["trim_share"]}
         case "krum":
-            return lambda like: Krum(like, folder=folder, attackers=own["attackers"])
+            return Krum, {"attackers": own["attackers"]}
         case "multi-krum":
-            return lambda like: Krum(
-                like, folder=folder, attackers=own["attackers"], selected=own["selected"]
-            )
+            return Krum, {"attackers": own["attackers"], "selected": own["selected"]}
+        case "norm-bound":
+            bound = own["norm_bound"]
+            return (MedianNormBound, {}) if bound is None else (NormBound, {"bound": bound})
         case "hospital-dp":
             mechanism = settings.hospital_dp(rounds=1)  # noise and bound are those of any round
-            return lambda like: HospitalMean(like, folder=folder, mechanism=mechanism, noise=GaussianNoise())
-        case "norm-bound" if own["norm_bound"] is None:
-            return lambda like: MedianNormBound(like, folder=folder)
-        case "norm-bound":
-            return lambda like: NormBound(like, folder=folder, bound=own["norm_bound"])
+            return HospitalMean, {"mechanism": mechanism, "noise": GaussianNoise()}
         case _:
-            return lambda like: Mean(like, folder=folder)
+            return Mean, {}
 
 
 def _kebab(name: str) -> str:

@@ -53,7 +53,7 @@ def everyone(_: int) -> tuple[int, ...]:
     return (0, 1, 2)
 
 
-def last(named: dict[str, object], folder: Path, count: int = 400) -> Vector:
+def last(named: dict[str, object], folder: Path, count: int = 40) -> Vector:
     strategy = strategy_of(StrategySettings.model_validate(named), folder=folder, step_length=RATE * STEPS)
     return list(rounds(strategy, count, everyone))[-1]
 

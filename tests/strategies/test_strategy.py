@@ -94,7 +94,6 @@ def test_a_refused_update_leaves_no_trace(name: str, tmp_path: Path) -> None:
 @each_name
 def test_what_the_settings_say_of_a_strategy_is_what_it_is(name: str, tmp_path: Path) -> None:
     settings, strategy = settings_of(name), named(name, tmp_path)
-    strategy.begin(one(0.0))
     assert strategy.is_sum == settings.is_sum
     assert strategy.fair == settings.needs_losses
     assert strategy.per_site != settings.takes_late
