@@ -38,7 +38,7 @@ class Correction(Protocol):
 
     @property
     def per_site(self) -> bool:
-        """Whether every site's own update must be seen: of this round, and once."""
+        """Whether it learns from every site's own update: of this round, and once."""
 
     def begin(self, base: Arrays) -> None:
         """Start a round, or start it again: what was taken in without `finish` is forgotten."""

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from privacy.noise import GaussianNoise
 from strategies.corrections import Correction, FedDyn, Proximal, Scaffold
-from strategies.hospital_dp import HospitalDp, HospitalMean
 from strategies.messages import Arrays
 from strategies.optimizers import FedAdagrad, FedAdam, FedYogi, Momentum, Plain, ServerOptimizer
 from strategies.rules.fairness import Fairness, LossPower, WorstFirst
@@ -24,15 +23,9 @@ StrategyName = Literal[
     "median", "trimmed-mean", "krum", "multi-krum", "norm-bound", "q-ffl", "afl", "hospital-dp",
 ]  # fmt: skip
 SUMMED = frozenset({"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"})
-RuleKind = (
-    type[Mean]
-    | type[Median]
-    | type[TrimmedMean]
-    | type[Krum]
-    | type[NormBound]
-    | type[MedianNormBound]
-    | type[HospitalMean]
-)
+
+if TYPE_CHECKING:  # the one strategy that needs torch, which a coordinator does without
+    from strategies.hospital_dp import HospitalDp
 
 
 class StrategySettings(Settings):
@@ -136,20 +129,15 @@ class StrategySettings(Settings):
 
     @property
     def is_sum(self) -> bool:
-        """Whether the weighted sum of the updates is all it needs, so that they may be summed in secret."""
+        """Whether the weighted sum of the updates is all it needs; see `Strategy.is_sum`."""
         return self.name in SUMMED
-
-    @property
-    def takes_late(self) -> bool:
-        """Whether an update of an earlier round may be folded in beside the site's own of this round."""
-        return self.is_sum or self.needs_losses
 
     @property
     def needs_losses(self) -> bool:
         """Whether sites must release a noised loss, charged to their budgets."""
         return self.name in ("q-ffl", "afl")
 
-    def hospital_dp(self, *, rounds: int) -> HospitalDp:
+    def hospital_dp(self, *, rounds: int) -> "HospitalDp":
         """What hospital-dp does in so many rounds, for its accountant and its report.
 
         Raises:
@@ -157,6 +145,8 @@ class StrategySettings(Settings):
         """
         if self.name != "hospital-dp":
             raise CannotCombine(f"strategy {self.name!r} makes no claim about hospitals")
+        from strategies.hospital_dp import HospitalDp
+
         own = self.parameters
         return HospitalDp(
             max_update_norm=own["update_norm"],
@@ -222,20 +212,14 @@ class Strategy:
         return self._correction.proximal
 
     @property
-    def per_site(self) -> bool:
-        """Whether a site counts once, with its update of this round; a late one must then be dropped.
-
-        A correction would misread the late one, and in a robust rule it would be a second vote.
-        """
-        return self._correction.per_site or not self._sums
-
-    @property
     def is_sum(self) -> bool:
         """Whether the weighted sum of the updates is enough.
 
-        Secure aggregation may then hide each update, and fold their mean with the sum of their weights.
+        Secure aggregation may then hide each update, and fold their mean with the sum of their weights; and
+        an update of an earlier round may be folded in beside the site's own. Elsewhere a site counts once: a
+        correction would misread the late one, and in a robust rule it would be a second vote.
         """
-        return not self.per_site and not self.fair
+        return self._sums and not self._correction.per_site and not self.fair
 
     @property
     def fair(self) -> bool:
@@ -270,7 +254,7 @@ class Strategy:
             CannotCombine: the weight is not positive and finite, or a second update came from one site where
                 only one can be used.
         """
-        if self.per_site and site in self._folded:
+        if not self.is_sum and site in self._folded:
             raise CannotCombine(
                 f"two updates of site {site!r} in one round: this strategy takes one, drop the late one"
             )
@@ -361,36 +345,40 @@ def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float 
             fairness = LossPower(own["fairness"])
         case "afl":
             fairness = WorstFirst(rate=own["loss_rate"], floor=own["floor"])
-    kind, options = _rule_of(settings)
+    rule, sums = _rule_of(settings)
     return Strategy(
-        lambda like: kind(like, folder=folder, **options),
-        sums=kind.sums,
+        partial(rule, folder=folder),
+        sums=sums,
         optimizer=optimizer,
         correction=correction,
         fairness=fairness,
     )
 
 
-def _rule_of(settings: StrategySettings) -> tuple[RuleKind, dict[str, Any]]:
-    """The class of the named rule, and what its constructor is told beside names, shapes and a folder."""
+def _rule_of(settings: StrategySettings) -> tuple[Callable[..., Rule], bool]:
+    """What makes the named rule from names, shapes and a folder; whether it sums."""
     own = settings.parameters
     match settings.name:
         case "median":
-            return Median, {}
+            return Median, Median.sums
         case "trimmed-mean":
-            return TrimmedMean, {"share": own["trim_share"]}
+            return partial(TrimmedMean, share=own["trim_share"]), TrimmedMean.sums
         case "krum":
-            return Krum, {"attackers": own["attackers"]}
+            return partial(Krum, attackers=own["attackers"]), Krum.sums
         case "multi-krum":
-            return Krum, {"attackers": own["attackers"], "selected": own["selected"]}
+            return partial(Krum, attackers=own["attackers"], selected=own["selected"]), Krum.sums
+        case "norm-bound" if own["norm_bound"] is None:
+            return MedianNormBound, MedianNormBound.sums
         case "norm-bound":
-            bound = own["norm_bound"]
-            return (MedianNormBound, {}) if bound is None else (NormBound, {"bound": bound})
+            return partial(NormBound, bound=own["norm_bound"]), NormBound.sums
         case "hospital-dp":
+            from privacy.noise import GaussianNoise
+            from strategies.hospital_dp import HospitalMean
+
             mechanism = settings.hospital_dp(rounds=1)  # noise and bound are those of any round
-            return HospitalMean, {"mechanism": mechanism, "noise": GaussianNoise()}
+            return partial(HospitalMean, mechanism=mechanism, noise=GaussianNoise()), HospitalMean.sums
         case _:
-            return Mean, {}
+            return Mean, Mean.sums
 
 
 def _kebab(name: str) -> str:

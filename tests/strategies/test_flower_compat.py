@@ -92,7 +92,7 @@ def test_private_modules_of_flower_are_named_in_one_file_only() -> None:
 
 def test_messages_and_their_combination_need_no_torch() -> None:
     code = (
-        "import sys, strategies.in_process, strategies.fedavg, server.rounds, server.app\n"
+        "import sys, strategies.in_process, strategies.strategy, server.rounds, server.app\n"
         "sys.exit('torch' in sys.modules)"
     )
     root = Path(flower_compat.__file__).parents[1]
