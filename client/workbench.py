@@ -1,7 +1,8 @@
 """What a site keeps ready between rounds: the model's part and the cohort in the form it trains on.
 
-Everything here can be made again from the site's folder; keeping it saves minutes in a simulation and in a
-long-lived client, and changes no result. Of models one is kept, with what was made for it.
+All but an optimizer's state can be made again from the site's folder; keeping it saves minutes in a
+simulation and in a long-lived client, and changes no result. Of models one is kept, with what was made for
+it; of sites as many as fit into a number of bytes, so a thousand of them need no more memory than ten.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from client.batches import TrainingData
+from client.kept import kept
 from client.objectives import Anchors
 from client.site import packed_cohort
 from client.training import OptimizerState
@@ -22,6 +24,9 @@ from encoders.objectives import same_meaning, soft_positives, text_similarity
 from encoders.parts import TrainablePart, trainable_part
 from strategies.bundles import BundleStore
 from strategies.messages import Part, PublicBundle
+
+PAIRS_BYTES = 2**30  # 20,000 pairs at 224 pixels: a large hospital, or a thousand small ones
+OPTIMIZER_BYTES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ def part_of(
     return trainable_part(encoder, part, lora_rank=lora_rank, prompt_tokens=prompt_tokens)
 
 
-@lru_cache(maxsize=64)
+@kept(most_bytes=PAIRS_BYTES)
 def training_data(
     folder: Path,
     part: TrainablePart,
@@ -108,7 +113,7 @@ def device_name(wanted: Literal["auto", "cpu", "cuda"]) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-@lru_cache(maxsize=64)
+@kept(most_bytes=OPTIMIZER_BYTES, told="a site begins a round with a new optimizer")
 def kept_optimizer(folder: Path, run: str) -> OptimizerState:
     """The optimizer's state of the site in ``folder`` between the rounds of a run; empty at first."""
     return {}
