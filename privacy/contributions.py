@@ -4,7 +4,7 @@ Axes: P patients, T places where a patient's rows meet the parameter (tokens, pa
 p outputs of a product, V rows of an embedding. Everything here is private: nothing of it leaves the site.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol, Self
@@ -87,10 +87,10 @@ class Outer:
     places: int
     shape: torch.Size
 
-    def squared_norms(self, at_least: torch.dtype = torch.float32) -> Tensor:
-        """See `Contribution`."""
+    def squared_norms(self, at_least: torch.dtype = torch.float32, a_gram: Tensor | None = None) -> Tensor:
+        """See `Contribution`. ``a_gram`` is that of the inputs, shape (P, T, T), where it is known."""
         a, g = wide(self.inputs, at_least), wide(self.gradients, at_least)
-        a_gram, g_gram = a @ a.mT, g @ g.mT
+        a_gram, g_gram = a @ a.mT if a_gram is None else a_gram, g @ g.mT
         a_squares, g_squares = (gram.diagonal(dim1=1, dim2=2) for gram in (a_gram, g_gram))
         squares = (a_gram * g_gram).sum((1, 2))
         squares += _rounding(a_squares, g_squares, d=a.shape[2], p=g.shape[2], of=wide(self.inputs).dtype)
@@ -201,8 +201,11 @@ def _felt(inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     at the padding. A gradient of zero adds nothing, unless its input is not finite: such a patient counts as
     zero here too, or the places of one patient would decide whether another counts.
     """
-    some = inputs.numel() and gradients.numel()
-    if not some or not gradients.is_cpu or _not_zero(gradients[:1]).all():  # to look is to wait for a GPU
+    places = gradients.shape[1]
+    empty = not (inputs.numel() and gradients.numel())
+    if empty or places < 2 or not gradients.is_cpu:  # to look is to wait for a GPU
+        return inputs, gradients
+    if gradients[0, :: places - 1].any(1).all():  # no need to look further
         return inputs, gradients
     felt = _not_zero(gradients)
     places = max(1, int(felt.sum(1).max()))
@@ -238,15 +241,28 @@ def norms(contributions: Collection[Contribution]) -> Tensor:
 
 
 def _summed_squares(contributions: Collection[Contribution], at_least: torch.dtype) -> Tensor:
-    squares, small = [], []
+    squares, small, products = [], [], []
     for each in contributions:
-        if isinstance(each, Dense) and each.values.numel() < SMALL:
+        if isinstance(each, Outer):
+            products.append(each)
+        elif isinstance(each, Dense) and each.values.numel() < SMALL:
             small.append(each.values.unsqueeze(1).flatten(1))  # dozens of biases: one pass over all
         else:
             squares.append(each.squared_norms(at_least))
     if small:
         squares.append(_squares(wide(torch.cat(small, dim=1), at_least)))
+    squares.extend(_squares_of_products(products, at_least))
     return torch.stack(squares).sum(0)
+
+
+def _squares_of_products(products: Sequence[Outer], at_least: torch.dtype) -> Iterator[Tensor]:
+    """Squared norms of each; queries, keys and values come one after the other and share their inputs."""
+    inputs = a_gram = None
+    for each in products:
+        if inputs is None or not each.inputs.is_set_to(inputs):
+            inputs, a = each.inputs, wide(each.inputs, at_least)
+            a_gram = a @ a.mT
+        yield each.squared_norms(at_least, a_gram)
 
 
 def _joined(first: Contribution, second: Contribution) -> Contribution:
