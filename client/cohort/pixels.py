@@ -32,6 +32,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from client.cohort.code_streams import coding_style, declared_pixels
 from client.cohort.dicom_file import uid_name
 from client.cohort.outcomes import Code, RefusedError, State
 
@@ -56,6 +57,7 @@ KEYWORDS = (
     ),
 )
 MAX_PIXELS = 100_000_000  # twice the largest mammogram; a lying header asks for more
+MAX_FRAME_BYTES = 2 * MAX_PIXELS  # a decoder holds a frame several times, and memory stays below 1 GB
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ FASTEST: Mapping[UID, Decoder] = {
 }
 LITTLE_ENDIAN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
 _NATIVE = (*LITTLE_ENDIAN, ExplicitVRBigEndian)
-_COD = b"\xff\x52"
 _SPARE = 1.25  # pixels to spare at a lower resolution: with none the filter's edge shows, 0.5 grey levels
 _ROUNDED_UP = 0.5  # what the integer wavelet adds to a mean at each level, in stored values: measured 0.48
 _TABLES_OF_GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
@@ -151,11 +152,13 @@ def decode(dataset: Dataset, *, longer_side: int | None = None) -> Frame:
     if "PixelData" not in dataset:
         raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, "PixelData")
     shape = int(dataset.Rows), int(dataset.Columns)
-    if shape[0] * shape[1] > MAX_PIXELS:
+    if shape[0] * shape[1] > MAX_PIXELS or _frame_bytes(dataset) > MAX_FRAME_BYTES:
         raise RefusedError(State.QUARANTINED, Code.E_TOO_LARGE)
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax in _NATIVE:
         _refuse_truncated(dataset)
+    elif declared_pixels(_stream(dataset)) > MAX_PIXELS:
+        raise RefusedError(State.QUARANTINED, Code.E_TOO_LARGE)
     palette = dataset.PhotometricInterpretation == "PALETTE COLOR"
     frame = None
     if syntax in LITTLE_ENDIAN:
@@ -169,6 +172,11 @@ def decode(dataset: Dataset, *, longer_side: int | None = None) -> Frame:
         colours = apply_color_lut(frame.meaningful(frame.values), dataset)
         return Frame(values=colours, shape=shape, top=np.iinfo(colours.dtype).max)
     return frame
+
+
+def _frame_bytes(dataset: Dataset) -> int:
+    samples = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("SamplesPerPixel", 1))
+    return samples * int(dataset.BitsAllocated) // 8
 
 
 def _refuse_truncated(dataset: Dataset) -> None:
@@ -207,17 +215,12 @@ def _halved(dataset: Dataset, shape: tuple[int, int], longer_side: int) -> Frame
     halvings = int(np.log2(max(1, max(shape) / (_SPARE * longer_side))))
     if halvings == 0 or int(dataset.get("SamplesPerPixel", 1)) != 1:
         return None
-    stream = get_frame(
-        dataset.PixelData,
-        frame_count(dataset) // 2,
-        number_of_frames=frame_count(dataset),
-        extended_offsets=_offsets(dataset),
-    )
+    stream = _stream(dataset)
     signed, stored = dataset.get("PixelRepresentation") == 1, int(dataset.BitsStored)
     found = get_j2k_parameters(stream)
     if (found.get("is_signed"), found.get("precision"), found.get("jp2")) != (signed, stored, False):
         return None  # header and code stream disagree: pydicom knows which to trust
-    levels, reversible = _coding_style(stream)
+    levels, reversible = coding_style(stream)
     halvings = min(halvings, levels)
     size = tuple(-(-length // 2**halvings) for length in shape)
     try:
@@ -236,18 +239,15 @@ def _halved(dataset: Dataset, shape: tuple[int, int], longer_side: int) -> Frame
     return Frame(values=values, shape=shape, halvings=halvings, top=2**stored - 1)
 
 
-def _coding_style(stream: bytes) -> tuple[int, bool]:
-    """Return the number of wavelet levels of a code stream, and whether its transformation is reversible."""
-    place = 2
-    while stream[place : place + 2] != _COD and place < len(stream):
-        place += 2 + int.from_bytes(stream[place + 2 : place + 4])
-    style = stream[place : place + 14]
-    return (style[9], style[13] == 1) if len(style) == 14 else (0, False)
-
-
-def _offsets(dataset: Dataset) -> tuple[bytes, bytes] | None:
+def _stream(dataset: Dataset) -> bytes:
+    """Return the compressed bytes of the middle frame."""
+    frames = frame_count(dataset)
     offsets, lengths = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
-    return (offsets, lengths) if offsets and lengths else None
+    extended = (offsets, lengths) if offsets and lengths else None
+    stream: bytes = get_frame(
+        dataset.PixelData, frames // 2, number_of_frames=frames, extended_offsets=extended
+    )
+    return stream
 
 
 def _by_plugin(dataset: Dataset) -> NDArray[Any]:

@@ -397,9 +397,19 @@ def test_too_few_bytes_are_truncated(dicom: Callable[..., Dataset], syntax: Any)
     assert refused.value.rejected.code == Code.E_TRUNCATED
 
 
-def test_absurd_sizes_are_refused_before_memory_is_asked_for(dicom: Callable[..., Dataset]) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"Rows": 65535, "Columns": 65535},
+        {"Rows": 10000, "Columns": 10000, "BitsAllocated": 32},
+        {"Rows": 10000, "Columns": 9000, "SamplesPerPixel": 3},
+    ],
+)
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(
+    dicom: Callable[..., Dataset], sizes: dict[str, int]
+) -> None:
     with pytest.raises(RefusedError) as refused:
-        display_image(dicom(Rows=65535, Columns=65535), size=SIZE)
+        display_image(dicom(**sizes), size=SIZE)
     assert refused.value.rejected.code == Code.E_TOO_LARGE
 
 
