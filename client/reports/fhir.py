@@ -10,6 +10,7 @@ Source: https://hl7.org/fhir/diagnosticreport.html, https://hl7.org/fhir/imaging
 import base64
 import json
 import re
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def _reports_in(document: Any) -> Iterator[tuple[Resource, Mapping[str, Resource
         return
     entries = _items(document, "entry") if _string(document, "resourceType") == "Bundle" else []
     resources = [(_string(entry, "fullUrl"), _item(entry, "resource")) for entry in entries]
-    shared = {
+    shared: dict[str, Resource] = {
         name: resource
         for url, resource in resources
         for name in (url, f"{_string(resource, 'resourceType')}/{_string(resource, 'id')}")
@@ -110,7 +111,7 @@ def _reports_in(document: Any) -> Iterator[tuple[Resource, Mapping[str, Resource
     for resource in [resource for _, resource in resources] or [document]:
         if _string(resource, "resourceType") == "DiagnosticReport":
             contained = {f"#{_string(part, 'id')}": part for part in _items(resource, "contained")}
-            yield resource, {**shared, **contained}
+            yield resource, ChainMap(contained, shared)  # a copy each would be quadratic in the Bundle
 
 
 def _report(resource: Resource, study: Resource, others: Mapping[str, Resource]) -> Report:

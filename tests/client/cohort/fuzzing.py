@@ -39,6 +39,7 @@ from client.text.labels import Findings, default_findings
 from tests.client.cohort.mutations import damaged
 
 SIZE = 32
+DETAILS = {"", "MSH", "not one of the standard", *(name for name, *_ in UID_dictionary.values())}
 MOST_PAIRED = 20  # of one file: each report of the same study is looked at for each image
 WINDOWS = (Window(-600, 1500), Window(40, 400))
 INTACT = "intact"  # accession number of the neighbour behind the damage, where a file holds several
@@ -213,11 +214,7 @@ def _image(outcome: Report | Candidate) -> Candidate:
 def _hold_to_rules(outcome: Rejected) -> None:
     need(outcome.state not in (State.USED, State.REPORT), "rejected and used")
     known = re.sub(r": pip install .*$", "", outcome.detail)
-    names = {name for name, *_ in UID_dictionary.values()}
-    need(
-        known in names | {"", "MSH", "not one of the standard"} or dictionary_has_tag(known),
-        "a detail that quotes the file",
-    )
+    need(known in DETAILS or dictionary_has_tag(known), "a detail that quotes the file")
 
 
 @cache
