@@ -5,6 +5,7 @@ import math
 import os
 import time
 import zlib
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -15,17 +16,27 @@ from client.engines import engine_maker
 from client.errors import Refused
 from client.journal import write_note
 from client.personal import PersonalWeights
-from client.policy import check_code, check_plan, check_run, mechanism_for
+from client.policy import check_code, check_plan, check_run, mechanism_for, prototypes_for
+from client.prototypes import release_prototypes
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
 from client.training import plain_steps, train_plainly, train_privately
-from client.workbench import InstalledBundle, anchors_of, device_name, kept_optimizer, part_of, training_data
+from client.workbench import (
+    InstalledBundle,
+    anchors_of,
+    device_name,
+    kept_optimizer,
+    part_of,
+    training_data,
+    training_pairs,
+)
 from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
 from privacy.errors import AlreadyReleased, BudgetExceeded, PrivacyError
 from privacy.ledger import Ledger, Reservation, ReservationRequest
 from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise, os_generator
+from privacy.prototypes import PrototypeRelease
 from strategies.bundles import BundleMissing, BundleStore
 from strategies.messages import (
     Arrays,
@@ -39,7 +50,7 @@ from strategies.messages import (
     TrainRequest,
     digest_of,
 )
-from strategies.share import personal
+from strategies.share import personal, wire_of
 from strategies.wire import pack
 
 RELEASES = "releases"
@@ -81,12 +92,12 @@ def answer_train(site: Site, request: TrainRequest) -> Release:
     torch.set_num_threads(site.settings.device.threads or os.cpu_count() or 1)
     if request.plan.privacy == "none":
         return _train_without_claim(site, request)
-    return _train_with_claim(site, request)
+    return _with_claim(site, request)
 
 
-def _train_with_claim(site: Site, request: TrainRequest) -> Release:
-    mechanism = mechanism_for(site, request.plan)
+def _with_claim(site: Site, request: TrainRequest) -> Release:
     noise = GaussianNoise(insecure_seed=_insecure_seed(site, request))
+    mechanism = _mechanism(site, request)
     charge = _charge(request, mechanism, noise)
     releases, ledger = ReleaseStore(folder=site.folder / RELEASES), site.ledger()
     ledger.require(*([request.anchor] if request.anchor else []), *releases.anchors().values())
@@ -97,35 +108,72 @@ def _train_with_claim(site: Site, request: TrainRequest) -> Release:
     reservation = _reserve(ledger, charge)
     try:
         started = time.monotonic()
-        anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
-        insecure, device = noise.insecure_seed, site.settings.device
-        difference = train_privately(
-            part,
-            training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings),
-            anchors,
-            request.plan,
-            mechanism=mechanism,
-            patients_declared=site.settings.cohort.patients_declared,
-            noise=noise,
-            server_round=request.server_round,
-            correction=request.correction,
-            sampling=np.random.default_rng(_insecure_seed(site, request)) if insecure else os_generator(),
-            make_engine=engine_maker(
-                device.engine, physical_batch=device.physical_batch, precision=device.precision
-            ),
-        )
+        if isinstance(mechanism, PrototypeRelease):
+            update = _prototypes(site, request, part, mechanism, noise)
+        else:
+            update = _trained(site, request, part, mechanism, noise)
         seconds = COARSE_SECONDS * math.ceil((time.monotonic() - started) / COARSE_SECONDS)
-        update = _kept_and_packed(site, request, part, difference)
+        insecure = noise.insecure_seed
         facts = _facts(site, request, seconds=seconds, mechanism=mechanism, ledger=ledger, insecure=insecure)
         release = releases.store(request.digest, Release(facts=facts, update=update))
     except Exception:
         try:
             ledger.abandoned(reservation, code=RefusalCode.FAILED)
         except AlreadyReleased:  # by another process with this request: its release leaves, not our failure
-            return _train_with_claim(site, request)
+            return _with_claim(site, request)
         raise
     ledger.released(reservation, output_digest=digest_of(release.update))
     return _as_sent(release, ledger)
+
+
+def _mechanism(site: Site, request: TrainRequest) -> Mechanism | PrototypeRelease:
+    """What the request costs. Both say it before a patient's file is opened, from public constants."""
+    if request.phase == "train":
+        return mechanism_for(site, request.plan)
+    return prototypes_for(site, request.plan, width=_part(site, request).encoder.width)
+
+
+def _trained(
+    site: Site, request: TrainRequest, part: TrainablePart, mechanism: Mechanism, noise: GaussianNoise
+) -> Arrays:
+    anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
+    if request.prototypes is not None:
+        anchors = replace(anchors, prototypes=request.prototypes)
+    device = site.settings.device
+    difference = train_privately(
+        part,
+        training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings),
+        anchors,
+        request.plan,
+        mechanism=mechanism,
+        patients_declared=site.settings.cohort.patients_declared,
+        noise=noise,
+        server_round=request.server_round,
+        correction=request.correction,
+        sampling=(
+            np.random.default_rng(_insecure_seed(site, request)) if noise.insecure_seed else os_generator()
+        ),
+        make_engine=engine_maker(
+            device.engine, physical_batch=device.physical_batch, precision=device.precision
+        ),
+    )
+    return _kept_and_packed(site, request, part, difference)
+
+
+def _prototypes(
+    site: Site, request: TrainRequest, part: TrainablePart, mechanism: PrototypeRelease, noise: GaussianNoise
+) -> Arrays:
+    known, plan = training_pairs(site.folder, part), request.plan.prototypes
+    released = release_prototypes(
+        part,
+        known.pairs,
+        patients=known.patients,
+        labels=known.labels,
+        findings=plan.findings if plan else (),
+        mechanism=mechanism,
+        noise=noise,
+    )
+    return _packed(site, request, released)
 
 
 def _replayed(ledger: Ledger, charge: ReservationRequest, stored: Release) -> Release:
@@ -180,8 +228,12 @@ def _kept_and_packed(site: Site, request: TrainRequest, part: TrainablePart, dif
         arrays = part.arrays()
         _personal(site, request).store(request.server_round, {name: arrays[name] for name in own})
     shared = {name: value for name, value in difference.items() if name not in own}
+    return _packed(site, request, shared)
+
+
+def _packed(site: Site, request: TrainRequest, update: Arrays) -> Arrays:
     seed = zlib.crc32(f"{site.name}/{request.digest}".encode())  # the same update again is the same bytes
-    return pack(shared, request.plan.wire, rng=np.random.default_rng(seed))
+    return pack(update, wire_of(request), rng=np.random.default_rng(seed))
 
 
 def _personal(site: Site, request: TrainRequest) -> PersonalWeights:
@@ -208,13 +260,21 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
     except CohortError as error:
         raise Refused(RefusalCode.COHORT, str(error)) from error
     _mind_small_cohort(site, cohort, private=request.plan.privacy == "dp")
-    plan, device = request.plan, device_name(site.settings.device.name)
+    part = _part(site, request)
     try:
-        part = part_of(_installed(site, request), plan.part, plan.lora_rank, plan.prompt_tokens, device)
         part.load({**request.arrays, **_own_weights(site, request, part)})
-    except (EncoderError, BundleMissing, PrivacyError) as error:
+    except EncoderError as error:
         raise Refused(RefusalCode.MODEL, str(error)) from error
     return part
+
+
+def _part(site: Site, request: TrainRequest) -> TrainablePart:
+    """The part that the plan trains; its weights are whatever was loaded last."""
+    plan, device = request.plan, device_name(site.settings.device.name)
+    try:
+        return part_of(_installed(site, request), plan.part, plan.lora_rank, plan.prompt_tokens, device)
+    except (EncoderError, BundleMissing, PrivacyError) as error:
+        raise Refused(RefusalCode.MODEL, str(error)) from error
 
 
 def _mind_small_cohort(site: Site, cohort: Cohort, *, private: bool) -> None:
@@ -235,7 +295,9 @@ def _mind_small_cohort(site: Site, cohort: Cohort, *, private: bool) -> None:
     write_note(site.folder, f"{reason}: add patients, or stop this site; a refusal would tell the number")
 
 
-def _charge(request: TrainRequest, mechanism: Mechanism, noise: GaussianNoise) -> ReservationRequest:
+def _charge(
+    request: TrainRequest, mechanism: Mechanism | PrototypeRelease, noise: GaussianNoise
+) -> ReservationRequest:
     return ReservationRequest(
         request_digest=request.digest,
         run=request.run,
@@ -267,16 +329,16 @@ def _facts(
     request: TrainRequest,
     *,
     seconds: float,
-    mechanism: Mechanism | None = None,
+    mechanism: Mechanism | PrototypeRelease | None = None,
     ledger: Ledger | None = None,
     insecure: bool = False,
-    steps: int | None = None,
+    steps: int = 0,
 ) -> ReleaseFacts:
     return ReleaseFacts(
         site=site.name,
         server_round=request.server_round,
         patients_declared=site.settings.cohort.patients_declared,
-        steps=request.plan.steps if steps is None else steps,
+        steps=mechanism.steps if mechanism else steps,
         seconds=seconds,
         epsilon=ledger.spent() if ledger else None,
         epsilon_max=ledger.epsilon_max if ledger else None,

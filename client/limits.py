@@ -76,6 +76,7 @@ class Policy(Settings):
         max_steps: Refuse a round of more optimizer steps.
         parts: What may be trained and leave.
         objectives: Losses that may be trained with.
+        prototypes: Whether noised mean directions of concepts may be released besides.
         runs: Names of runs that may be taken part in; ``*`` stands for anything, ``?`` for one character.
         code: Digests of this program's source that may answer at all (see `client.own_code`); empty: any.
         metrics: What a release may say about its mechanism and budget.
@@ -94,6 +95,7 @@ class Policy(Settings):
     max_steps: int = Field(default=10_000, ge=1)
     parts: tuple[Part, ...] = get_args(Part)
     objectives: tuple[Objective, ...] = get_args(Objective)
+    prototypes: bool = True
     runs: tuple[Pattern, ...] = ("*",)
     code: tuple[Digest, ...] = ()
     metrics: tuple[Metric, ...] = METRICS

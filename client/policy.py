@@ -13,9 +13,10 @@ from client.errors import Refused
 from client.limits import METRICS
 from client.own_code import code_digest
 from client.site import SITE_FILE, Site
-from privacy.accounting import noise_multiplier_for
+from privacy.accounting import PoissonGaussian, noise_multiplier_for
 from privacy.errors import NoiseOutOfRange
 from privacy.mechanism import MECHANISMS, Mechanism
+from privacy.prototypes import PrototypeRelease
 from strategies.messages import (
     RefusalCode,
     Release,
@@ -25,6 +26,7 @@ from strategies.messages import (
 )
 from strategies.share import released
 from strategies.wire import size_of
+from tasks.concepts import finding_concepts
 
 Rules = dict[str, tuple[bool, str]]
 
@@ -75,12 +77,17 @@ def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
     plan, policy = request.plan, site.settings.policy
     declared = site.settings.cohort.patients_declared
     steps = plan.steps if plan.epochs is None else math.ceil(plan.epochs * declared / plan.batch)
-    out = size_of(released(request), plan.wire)
+    # Prototypes are as wide as embeddings are, which the model knows: `check_release` counts them.
+    out = size_of(released(request), plan.wire) if request.phase == "train" else 0
     return {
         "parts": (plan.part not in policy.parts, f"part {plan.part!r} is not among policy.parts"),
         "objectives": (
             plan.objective not in policy.objectives,
             f"objective {plan.objective!r} is not among policy.objectives",
+        ),
+        "prototypes": (
+            plan.prototypes is not None and not policy.prototypes,
+            "the plan releases prototypes, and policy.prototypes is false",
         ),
         "require-dp": (
             policy.require_dp and plan.privacy == "none",
@@ -130,6 +137,10 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
             not private and plan.optimizer == "dp-adambc"
         ),
         "a plan with privacy names an epsilon": private and plan.epsilon is None,
+        "prototypes are released with privacy, or not at all": not private and plan.prototypes is not None,
+        "prototypes are asked for, and the plan names none": (
+            request.phase == "prototypes" and plan.prototypes is None
+        ),
         "round is past the plan's last": request.server_round > plan.rounds,
     }
 
@@ -181,16 +192,50 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
         raise Refused(RefusalCode.POLICY, "a plan with privacy names an epsilon")
     try:
         noise_multiplier = noise_multiplier_for(
-            epsilon=plan.epsilon, delta=site.delta, sample_rate=sample_rate, steps=plan.rounds * plan.steps
+            epsilon=plan.epsilon,
+            delta=site.delta,
+            sample_rate=sample_rate,
+            steps=plan.rounds * plan.steps,
+            besides=_prototype_events(plan),
         )
     except NoiseOutOfRange as error:
         raise Refused(RefusalCode.POLICY, str(error)) from error
-    least = policy.min_noise_multiplier
-    reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
-    _apply({"min-noise-multiplier": (noise_multiplier < least, reason)})
+    _mind_noise(site, noise_multiplier)
     return MECHANISMS[plan.objective](
         max_grad_norm=plan.max_grad_norm,
         noise_multiplier=noise_multiplier,
         sample_rate=sample_rate,
         steps=plan.steps,
     )
+
+
+def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRelease:
+    """What one round's prototypes release, of embeddings of ``width`` numbers.
+
+    Raises:
+        Refused: POLICY; the plan has none, or adds too little noise.
+    """
+    if plan.prototypes is None:
+        raise Refused(RefusalCode.POLICY, "the plan names no prototypes")
+    _mind_noise(site, plan.prototypes.noise_multiplier)
+    return PrototypeRelease(
+        concepts=tuple(concept.name for concept in finding_concepts(plan.prototypes.findings)),
+        dimension=width,
+        max_norm=plan.prototypes.max_norm,
+        noise_multiplier=plan.prototypes.noise_multiplier,
+        count_weight=plan.prototypes.count_weight,
+    )
+
+
+def _prototype_events(plan: TrainingPlan) -> list[PoissonGaussian]:
+    """What the prototypes of all rounds cost beside the training."""
+    if plan.prototypes is None:
+        return []
+    noise = plan.prototypes.noise_multiplier
+    return [PoissonGaussian(sample_rate=1.0, noise_multiplier=noise, steps=plan.rounds)]
+
+
+def _mind_noise(site: Site, noise_multiplier: float) -> None:
+    least = site.settings.policy.min_noise_multiplier
+    reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
+    _apply({"min-noise-multiplier": (noise_multiplier < least, reason)})

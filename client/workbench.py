@@ -5,6 +5,7 @@ simulation and in a long-lived client, and changes no result. Of models one is k
 it; of sites as many as fit into a number of bytes, so a thousand of them need no more memory than ten.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from client.batches import TrainingData
+from client.batches import Rows, TrainingData
 from client.kept import kept
 from client.objectives import Anchors
 from client.site import packed_cohort
@@ -52,14 +54,45 @@ def part_of(
         EncoderError: its model cannot be built.
         PrivacyError: its prototypes are of another width than its model's embeddings.
     """
-    training_data.cache_clear()  # both hold the part they were made for
-    anchors_of.cache_clear()
+    for made_for_a_part in (training_pairs, training_data, anchors_of):
+        made_for_a_part.cache_clear()
     bundle = installed.load()
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
     if bundle.prototypes is not None:
         bundle.prototypes.require_width(encoder.width)
     encoder.model.to(device)
     return trainable_part(encoder, part, lora_rank=lora_rank, prompt_tokens=prompt_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPairs:
+    """A site's training pairs, and what is known of each.
+
+    Attributes:
+        pairs: N of them, as inputs of a part.
+        texts: N texts.
+        patients: Patient number of each, int, shape (N,).
+        labels: By finding, 1 there, 0 ruled out, else unknown, shape (N,).
+    """
+
+    pairs: Pairs
+    texts: list[str]
+    patients: Rows
+    labels: Mapping[str, NDArray[np.float32]]
+
+
+@kept(most_bytes=PAIRS_BYTES)
+def training_pairs(folder: Path, part: TrainablePart) -> TrainingPairs:
+    """The training patients of the site in ``folder`` as inputs of ``part``."""
+    cohort = packed_cohort(folder)
+    rows = cohort.train()
+    texts = [cohort.texts[row] for row in rows]
+    return TrainingPairs(
+        pairs=Pairs.of(part, cohort.images[rows], texts),
+        texts=texts,
+        patients=cohort.patients[rows],
+        labels={finding: values[rows] for finding, values in cohort.labels.items()},
+    )
 
 
 @kept(most_bytes=PAIRS_BYTES)
@@ -70,21 +103,18 @@ def training_data(
     soft_from: float | None = None,
     wordings: tuple[tuple[str, ...], ...] = (),
 ) -> TrainingData:
-    """The training patients of the site in ``folder`` as inputs of ``part``.
+    """`training_pairs` beside the anchors.
 
     Args:
         folder: The site's.
-        part: Whose inputs are made.
+        part: Whose inputs they are.
         anchor_texts: The public bank.
         soft_from: Anchors from this similarity on are positives to a degree; None: those that say the same
             as a pair are left out for it.
         wordings: Of the prototypes behind the bank, which are as near a text as the nearest of theirs.
     """
-    cohort = packed_cohort(folder)
-    rows = cohort.train()
-    texts = [cohort.texts[row] for row in rows]
-    pairs = Pairs.of(part, cohort.images[rows], texts)
-    device, patients = pairs.images.device, cohort.patients[rows]
+    known = training_pairs(folder, part)
+    pairs, texts, patients, device = known.pairs, known.texts, known.patients, known.pairs.images.device
     said = [*((text,) for text in anchor_texts), *wordings]
     sentences = [text for each in said for text in each]
     first = np.cumsum([0, *map(len, said)])[:-1]

@@ -104,18 +104,27 @@ def renyi_epsilons(events: Iterable[PoissonGaussian], *, delta: float) -> dict[s
     return _renyi_epsilons(merged, delta) if merged else {"Google RDP": 0.0, "Opacus RDP": 0.0}
 
 
-def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Find the smallest noise that keeps ``steps`` steps within a target.
+def noise_multiplier_for(
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    besides: Iterable[PoissonGaussian] = (),
+) -> float:
+    """Find the smallest noise that keeps ``steps`` steps, and what is released besides, within a target.
 
     Guarantees:
-        The mechanism with the returned noise multiplier costs at most ``epsilon`` as `epsilon` counts it, and
-        one 0.1 % smaller would cost more (unless the result is 0.1, the least noise that is offered).
+        The mechanism with the returned noise multiplier and ``besides`` cost at most ``epsilon`` together, as
+        `epsilon` counts it, and one 0.1 % smaller would cost more (unless the result is 0.1, the least noise
+        that is offered).
 
     Args:
         epsilon: Target > 0.
         delta: As for `epsilon`.
         sample_rate: Poisson probability in (0, 1].
         steps: Steps of the whole run, over all its rounds.
+        besides: Other releases of the same run.
 
     Returns:
         Noise standard deviation divided by sensitivity, in [0.1, 1000].
@@ -126,10 +135,11 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, st
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"expected {epsilon=} > 0 and finite")
+    others = tuple(besides)
 
     def affordable(noise_multiplier: float) -> bool:
         event = PoissonGaussian(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
-        return _cost([event], delta=delta) <= epsilon
+        return _cost([event, *others], delta=delta) <= epsilon
 
     too_little = enough = _LEAST_NOISE
     while not affordable(enough):
@@ -137,6 +147,7 @@ def noise_multiplier_for(*, epsilon: float, delta: float, sample_rate: float, st
             raise NoiseOutOfRange(
                 f"no noise multiplier up to {enough} keeps {steps=}, {sample_rate=} in {epsilon=}, {delta=}: "
                 "take fewer steps, a lower sample rate or a larger epsilon"
+                + (", or more noise on what is released besides" if others else "")
             )
         too_little, enough = enough, min(2 * enough, _MOST_NOISE)
     while enough > too_little * (1 + _NOISE_PRECISION):

@@ -5,9 +5,10 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Protocol
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.anchors import AnchorBook
@@ -18,6 +19,7 @@ from server.replies import UNKNOWN, accepted, read, refusal, told
 from server.roster import POLL_SECONDS, Site
 from strategies.messages import (
     TRAIN,
+    Arrays,
     MessageError,
     Refusal,
     RefusalCode,
@@ -28,8 +30,7 @@ from strategies.messages import (
     bytes_of,
     encode,
 )
-from strategies.share import released
-from strategies.strategy import Strategy
+from strategies.share import wire_of
 from strategies.wire import unpack
 
 logger = logging.getLogger(f"clipward.{__name__}")
@@ -44,14 +45,15 @@ class Rules:
     Attributes:
         weighting: By declared patients, or every site alike.
         retries: How often a site is asked again within the round, where that costs no budget.
-        pause_seconds: Before asking again for the second time; twice as long before each further one.
+        in_turn: The sites work one after the other, in this process: each is asked when its turn comes, and
+            a pause before asking again would be the others' time.
         late: Releases after the deadline are dropped, or used in a later round with less weight.
         staleness_exponent: How fast that weight falls with the rounds.
     """
 
     weighting: Weighting
     retries: int
-    pause_seconds: float
+    in_turn: bool
     late: Literal["drop", "stale"]
     staleness_exponent: float
 
@@ -90,6 +92,59 @@ class _Folded:
     seconds: float
 
 
+class Folding(Protocol):
+    """What updates are folded into: a `Strategy`, or the sum of prototypes."""
+
+    def begin(self, base: Arrays) -> None:
+        """Start a round from these arrays."""
+
+    def correction_for(self, site: str) -> Arrays | None:
+        """What the site adds to its gradients."""
+
+    def fold(self, site: str, update: Arrays, weight: float) -> None:
+        """Take one site's update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the sites are asked, and what their answers are folded into.
+
+    Attributes:
+        request: The same for all, but for each one's own anchor and correction.
+        folding: Takes the updates.
+        like: Arrays of the names and shapes of an update.
+    """
+
+    request: TrainRequest
+    folding: Folding
+    like: Arrays
+
+    @cached_property
+    def content(self) -> RecordDict:
+        """The request as it is sent, encoded once for all."""
+        return encode(self.request)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the request, for all that have no correction of their own."""
+        return self.request.digest
+
+    @property
+    def replied(self) -> str:
+        """The event of a release."""
+        return "site_replied" if self.request.phase == "train" else "prototypes_replied"
+
+    @property
+    def refused(self) -> str:
+        """The event of a refusal."""
+        return "site_refused" if self.request.phase == "train" else "prototypes_refused"
+
+    @property
+    def takes_late(self) -> bool:
+        """Whether an answer may be used in a later round: prototypes of older weights may not."""
+        return self.request.phase == "train"
+
+
 class Exchange:
     """Asks sites and takes their answers, in one round after the other.
 
@@ -99,7 +154,8 @@ class Exchange:
         anchors: Heads of the sites' ledgers: each is sent its last, and its new one is kept.
         registry: Takes each ask before it is sent, and what came of it.
         late: Takes over those that did not answer in time.
-        log: Takes ``site_replied``, ``site_refused``, ``site_retried``, ``site_late``, ``stale_used`` and
+        log: Takes ``site_replied``, ``site_refused`` (of prototypes: ``prototypes_replied``,
+            ``prototypes_refused``), ``site_retried``, ``site_late``, ``stale_used`` and
             ``late_dropped``.
     """
 
@@ -116,7 +172,7 @@ class Exchange:
         self._grid, self._rules, self._log = grid, rules, log
         self._anchors, self._registry, self._late = anchors, registry, late
 
-    def round(self, request: TrainRequest, sites: Sequence[Site], strategy: Strategy) -> Outcome:
+    def round(self, question: Question, sites: Sequence[Site]) -> Outcome:
         """Ask ``sites``, wait for each in their order, fold what they release, record what each did.
 
         Guarantees:
@@ -126,21 +182,23 @@ class Exchange:
             the head of its site's ledger is on disk.
 
         Args:
-            request: What all are asked; its deadline is announced to them and kept here.
+            question: What all are asked; its request's deadline is announced to them and kept here, and its
+                folding is begun.
             sites: Whom to ask.
-            strategy: Folds the updates; begun here.
         """
-        began, folding = time.monotonic(), 0.0
-        strategy.begin(released(request))
-        asks = self._ask(request, sites, strategy)
+        began, folding, request = time.monotonic(), 0.0, question.request
+        question.folding.begin(question.like)
+        # One after the other: what is sent to a site may be as large as the model, and is dropped when sent.
+        asks = {} if self._rules.in_turn else {site: self._ask(question, site) for site in sites}
         replied: dict[str, ReleaseFacts] = {}
         refused: dict[Site, RefusalCode] = {}
         for site in sites:
-            said = self._take(site, asks[site], request, strategy)
+            ask = asks.get(site) or self._ask(question, site)
+            said = self._take(site, ask, question)
             if isinstance(said, Refusal):
                 refused[site] = said.code
                 self._log.record(
-                    "site_refused",
+                    question.refused,
                     round=request.server_round,
                     site=site.name,
                     code=said.code,
@@ -150,14 +208,14 @@ class Exchange:
                 replied[site.name] = said.facts
                 folding += said.seconds
                 self._log.record(
-                    "site_replied",
+                    question.replied,
                     round=request.server_round,
                     bytes_up=said.bytes_up,
-                    bytes_down=asks[site].bytes_down,
+                    bytes_down=ask.bytes_down,
                     **told(said.facts),
                 )
         begin = time.monotonic()
-        late = self._fold_late(request, replied, strategy)
+        late = self._fold_late(question, replied) if question.takes_late else []
         now = time.monotonic()
         return Outcome(
             replied=replied,
@@ -167,53 +225,42 @@ class Exchange:
             aggregate_seconds=folding + now - begin,
         )
 
-    def _ask(self, request: TrainRequest, sites: Sequence[Site], strategy: Strategy) -> dict[Site, _Ask]:
-        """Write the asks down, then send them.
+    def _ask(self, question: Question, site: Site) -> _Ask:
+        """Write the ask down, then send it.
 
         A stored reply dies with the message it answers, and replies are fetched one by one, also after the
         deadline; so a message lives twice as long as the sites have.
         """
-        patience = _deadline(request) - time.time()
+        request, own = question.request, question.folding.correction_for(site.name) or {}
+        patience, size = _deadline(request) - time.time(), bytes_of(request.arrays) + bytes_of(own)
         ttl = None if math.isinf(patience) else max(1.0, 2 * patience)
-        corrections = {site: strategy.correction_for(site.name) or {} for site in sites}
-        shared, size = request.digest, bytes_of(request.arrays)
-        rows = self._registry.asked(
+        row = self._registry.asked(
             run=request.run,
             server_round=request.server_round,
-            requests={
-                site.name: replace(request, correction=own).digest if own else shared
-                for site, own in corrections.items()
-            },
-            bytes_down={site.name: size + bytes_of(own) for site, own in corrections.items()},
+            site=site.name,
+            request=replace(request, correction=own).digest if own else question.digest,
+            bytes_down=size,
         )
-        content = encode(request)
-        messages = {
-            site: Message(
-                addressed(content, anchor=self._anchors.last(site.name), correction=own),
-                site.node_id,
-                TRAIN,
-                ttl=ttl,
-                group_id=str(request.server_round),
-            )
-            for site, own in corrections.items()
-        }
-        taken, until = set(self._grid.push_messages(messages.values())), time.time() + (ttl or math.inf)
-        ids = {site: message.metadata.message_id for site, message in messages.items()}
-        return {
-            site: _Ask(
-                row=rows[site.name],
-                message_id=one if one in taken else None,
-                until=until,
-                bytes_down=size + bytes_of(corrections[site]),
-            )
-            for site, one in ids.items()
-        }
+        message = Message(
+            addressed(question.content, anchor=self._anchors.last(site.name), correction=own),
+            site.node_id,
+            TRAIN,
+            ttl=ttl,
+            group_id=str(request.server_round),
+        )
+        taken = list(self._grid.push_messages([message]))
+        return _Ask(
+            row=row,
+            message_id=taken[0] if taken else None,
+            until=time.time() + (ttl or math.inf),
+            bytes_down=size,
+        )
 
-    def _take(self, site: Site, ask: _Ask, request: TrainRequest, strategy: Strategy) -> _Folded | Refusal:
+    def _take(self, site: Site, ask: _Ask, question: Question) -> _Folded | Refusal:
         """One site's answer, folded in, after asking again where that may help and costs nothing."""
-        said = self._hear(site, ask, request, strategy)
+        request, said = question.request, self._hear(site, ask, question)
         for again in range(self._rules.retries):
-            pause = self._rules.pause_seconds * (2**again - 1)
+            pause = 0.0 if self._rules.in_turn else POLL_SECONDS * (2**again - 1)
             if not _may_be_asked_again(said, request) or pause >= _deadline(request) - time.time():
                 break
             self._log.record(
@@ -224,21 +271,22 @@ class Exchange:
                 reason="its answer was lost, or it failed: the same request again costs no budget",
             )
             time.sleep(pause)
-            said = self._hear(site, self._ask(request, [site], strategy)[site], request, strategy)
+            said = self._hear(site, self._ask(question, site), question)
         return said
 
-    def _hear(self, site: Site, ask: _Ask, request: TrainRequest, strategy: Strategy) -> _Folded | Refusal:
+    def _hear(self, site: Site, ask: _Ask, question: Question) -> _Folded | Refusal:
         """The answer to one ask, folded in; the arrays are gone from memory when this returns."""
+        request = question.request
         if ask.message_id is None:
             self._registry.answered(ask.row, outcome=UNREACHABLE)
             return refusal(RefusalCode.FAILED)
         reply, deadline = self._await(ask.message_id, _deadline(request)), _deadline(request)
         if reply is None or (time.time() > deadline and reply.metadata.created_at > deadline):
-            return self._too_late(reply, site, ask, request)
+            return self._too_late(reply, site, ask, question)
         said: _Folded | Release | Refusal = accepted(read(reply), site.name, request, self._anchors)
         del reply
         if isinstance(said, Release):
-            said = self._fold(said, request, strategy)
+            said = self._fold(said, question)
         if isinstance(said, Refusal):
             self._registry.answered(ask.row, outcome=said.code)
         else:
@@ -254,8 +302,8 @@ class Exchange:
                 return None
             time.sleep(min(POLL_SECONDS, left))
 
-    def _too_late(self, reply: Message | None, site: Site, ask: _Ask, request: TrainRequest) -> Refusal:
-        stale = self._rules.late == "stale"
+    def _too_late(self, reply: Message | None, site: Site, ask: _Ask, question: Question) -> Refusal:
+        request, stale = question.request, question.takes_late and self._rules.late == "stale"
         fate = "used in a later round with less weight" if stale else "dropped"
         self._log.record(
             "site_late",
@@ -271,23 +319,21 @@ class Exchange:
             self._registry.answered(ask.row, outcome=RefusalCode.DEADLINE)
         return refusal(RefusalCode.DEADLINE)
 
-    def _fold(
-        self, release: Release, request: TrainRequest, strategy: Strategy, *, factor: float = 1.0
-    ) -> _Folded | Refusal:
-        begin = time.monotonic()
+    def _fold(self, release: Release, question: Question, *, factor: float = 1.0) -> _Folded | Refusal:
+        begin, request = time.monotonic(), question.request
         facts = release.facts
         weight = facts.patients_declared if self._rules.weighting == "declared" else 1
         try:
-            update = unpack(release.update, request.plan.wire, like=released(request))
-            strategy.fold(facts.site, update, factor * weight)
+            update = unpack(release.update, wire_of(request), like=question.like)
+            question.folding.fold(facts.site, update, factor * weight)
         except MessageError as error:
             logger.warning("round %d: reply of %s not used: %.200s", request.server_round, facts.site, error)
             return refusal(RefusalCode.MESSAGE)
         return _Folded(facts=facts, bytes_up=bytes_of(release.update), seconds=time.monotonic() - begin)
 
-    def _fold_late(self, request: TrainRequest, replied: Collection[str], strategy: Strategy) -> list[str]:
+    def _fold_late(self, question: Question, replied: Collection[str]) -> list[str]:
         """Fold what came late for earlier rounds; the names of the files that no later round needs."""
-        server_round = request.server_round
+        server_round = question.request.server_round
         self._late.collect(self._grid, server_round=server_round)
         done = []
         for late in self._late.kept():
@@ -297,8 +343,8 @@ class Exchange:
                 self._late.drop(late, server_round, "another release of this site was used")
             elif staleness <= 0:
                 continue  # a release of this very round, for the next one
-            elif isinstance(self._fold(late.release(), request, strategy, factor=factor), Refusal):
-                self._late.drop(late, server_round, "it does not fit the model")
+            elif isinstance(self._fold(late.release(), question, factor=factor), Refusal):
+                self._late.drop(late, server_round, "it does not fit what this round trains")
             else:
                 self._log.record(
                     "stale_used",

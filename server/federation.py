@@ -6,10 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from strategies.messages import LoraTrain, OptimizerName, Part, Personal, TrainingPlan, Wire
+from strategies.messages import LoraTrain, OptimizerName, Part, Personal, PrototypePlan, TrainingPlan, Wire
 from strategies.messages import Objective as ObjectiveName
 from strategies.settings import PairSource, Settings
 from strategies.strategy import StrategySettings
+from tasks.prompts import PROMPTS
 
 
 class ModelSettings(Settings):
@@ -127,6 +128,39 @@ class Objective(Settings):
                 "(public, synthetic or noise)"
             )
         return self
+
+
+class Prototypes(Settings):
+    """Mean directions of concepts that the sites release in every round, beside their updates.
+
+    The sites' noisy sums are added up; where enough patients stand behind a concept, its direction joins the
+    anchors of all sites, as negatives from other hospitals; elsewhere its prompts do. With soft-positives a
+    pair is also drawn to the prototypes of what its own report says.
+
+    Attributes:
+        findings: Each is two concepts, there and ruled out. A site reads them from its label columns or, with
+            label-reports, from its reports; one without labels takes part with zeros.
+        noise_multiplier: Noise of a release; what all rounds' cost is taken from the run's epsilon.
+        count_weight: What a patient adds to a concept's count, an embedding being of length 1.
+        max_norm: Bound on what one patient adds; without it, what an image and a report of one concept need.
+        least_cosine: Of a direction with the one that it would be without noise.
+    """
+
+    findings: tuple[str, ...] = tuple(PROMPTS)
+    noise_multiplier: float = Field(default=10.0, gt=0)
+    count_weight: float = Field(default=0.5, gt=0)
+    max_norm: float | None = Field(default=None, gt=0)
+    least_cosine: float = Field(default=0.5, gt=0, lt=1)
+
+    def plan(self) -> PrototypePlan:
+        """What sites are asked for."""
+        fits = math.sqrt(2 * (1 + self.count_weight**2))
+        return PrototypePlan(
+            findings=self.findings,
+            noise_multiplier=self.noise_multiplier,
+            max_norm=fits if self.max_norm is None else self.max_norm,
+            count_weight=self.count_weight,
+        )
 
 
 class Privacy(Settings):
@@ -402,6 +436,7 @@ class Federation(Settings):
     public_start: PublicStart | None = None
     share: Share = Share()
     objective: Objective = Objective()
+    prototypes: Prototypes | None = None
     privacy: Privacy
     training: Training = Training()
     strategy: Strategy = Strategy()
@@ -429,6 +464,13 @@ class Federation(Settings):
             raise ValueError("evaluation.stop-after needs evaluations: name public data in evaluation.data")
         if "public" in self.anchor_sources and self.public_start is None:
             raise ValueError("objective.anchors-from 'public' takes them from public-start: name its data")
+        if self.prototypes is not None and (self.privacy.mode, self.objective.name) != ("dp", "anchored"):
+            raise ValueError(
+                "prototypes are anchors that are released with privacy: they need privacy.mode = 'dp' and "
+                "objective.name = 'anchored'"
+            )
+        if self.prototypes is not None and self.objective.prototypes is not None:
+            raise ValueError("name one: objective.prototypes, of before, or a table of new prototypes")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
             raise ValueError("training.epochs would tell a site's size: with privacy, say training.steps")
         if self.privacy.mode == "dp" and self.training.keep_optimizer:
@@ -487,6 +529,7 @@ class Federation(Settings):
             personal=self.share.keep,
             wire=self.share.wire,
             proximal=self.strategy.proximal,
+            prototypes=None if self.prototypes is None else self.prototypes.plan(),
             objective=self.objective.name,
             inverse_temperature=self.objective.inverse_temperature,
             anchors=self.objective.anchors,

@@ -12,6 +12,7 @@ from server import checkpoints
 from server.checkpoints import Checkpoint
 from server.errors import CheckpointError
 from server.federation import Federation
+from server.prototypes import Prototypes
 from strategies.files import write_text
 from strategies.messages import Arrays, PublicBundle
 from strategies.strategy import StrategySettings
@@ -30,11 +31,13 @@ class Start:
         bundle: What every site must hold.
         arrays: The trainable weights of round 0.
         public_start: They were trained on public data.
+        prototypes: How prototypes are made in every round; null: there are none.
     """
 
     bundle: PublicBundle
     arrays: Arrays
     public_start: bool
+    prototypes: Prototypes | None = None
 
 
 def resume_point(run_dir: Path, federation: Federation, start: Start, *, resume: bool) -> Checkpoint | None:

@@ -31,7 +31,11 @@ VERSION = 1
 PHASES = ("train", "communicate", "aggregate", "evaluate", "checkpoint")
 RECALLS = ("r1", "r5", "r10")
 DIRECTIONS = ("image_to_text", "text_to_image")
-RELEASED = ("site_replied", "late_arrived")  # a release cost its site what it cost, used or not
+RELEASED = (
+    "site_replied",
+    "prototypes_replied",
+    "late_arrived",
+)  # a release cost its site what it cost, used or not
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Event: TypeAlias = dict[str, Any]
@@ -125,6 +129,14 @@ def _parse(line: bytes, *, number: int, path: Path) -> Event:
     return event
 
 
+_ANSWERS = {
+    "site_replied": "train",
+    "site_refused": "train",
+    "prototypes_replied": "prototypes",
+    "prototypes_refused": "prototypes",
+}
+
+
 def effective(events: Sequence[Event]) -> list[Event]:
     """Keep what counts when rounds were repeated after a crash.
 
@@ -132,10 +144,10 @@ def effective(events: Sequence[Event]) -> list[Event]:
         Of events that say the same thing (same kind, round and site) only the last remains, in order. A
         reply and a refusal are two answers to the same question, so the later of them wins.
     """
-    last: dict[tuple[str, Any, Any], Event] = {}
+    last: dict[tuple[Any, Any, Any], Event] = {}
     for event in reversed(events):
-        answer = event["kind"] in ("site_replied", "site_refused")
-        last.setdefault(("answer" if answer else event["kind"], event.get("round"), event.get("site")), event)
+        question = _ANSWERS.get(event["kind"], event["kind"])
+        last.setdefault((question, event.get("round"), event.get("site")), event)
     return list(reversed(last.values()))
 
 

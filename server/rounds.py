@@ -1,27 +1,31 @@
 """The rounds of a run: ask, combine, checkpoint, evaluate. Killed at any moment, a run can be resumed."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
+from privacy.banks import PrototypeBank
 from server import checkpoints
 from server.anchors import ANCHORS_FILE, AnchorBook
 from server.checkpoints import Best, Checkpoint
 from server.errors import QuorumError
-from server.exchange import Exchange, Outcome, Rules
+from server.exchange import Exchange, Outcome, Question, Rules
 from server.federation import Federation
 from server.identity import Start, facts, identity, resume_point
 from server.improvement import Improvement
 from server.late import LATE_FOLDER, LateReleases
 from server.metrics import RunLog
+from server.prototypes import PROTOTYPES_FOLDER, PrototypeSum, keep
 from server.registry import REGISTRY_FILE, Registry
-from server.roster import POLL_SECONDS, Roster, Site
+from server.roster import Roster, Site
 from server.selection import select
 from strategies.in_process import InProcessGrid
 from strategies.messages import Arrays, RefusalCode, ReleaseFacts, TrainRequest
+from strategies.share import released
 from strategies.strategy import Strategy, strategy_of
 
 __all__ = ["Evaluate", "Start", "run_rounds"]
@@ -171,9 +175,30 @@ class _Run:
         self._late.collect(self._grid, server_round=server_round)
         sites = self._drawn(server_round)
         self._log.record("round_started", round=server_round, sites=[site.name for site in sites])
-        outcome = self._exchange.round(self._request(server_round, base), sites, self._strategy)
+        prototypes = self._prototypes(server_round, base, sites)
+        request = replace(self._request(server_round, base), prototypes=prototypes)
+        question = Question(request=request, folding=self._strategy, like=released(request))
+        outcome = self._exchange.round(question, sites)
         self._dismiss(server_round, outcome)
         return outcome
+
+    def _prototypes(self, server_round: int, base: Arrays, sites: Sequence[Site]) -> PrototypeBank | None:
+        """This round's prototypes, made of the sites' or, where that was done before, read."""
+        prototypes = self._start.prototypes
+        if prototypes is None:
+            return None
+        path = self._run_dir / PROTOTYPES_FOLDER / f"round-{server_round:04d}.safetensors"
+        if path.is_file():
+            return PrototypeBank.load(path)
+        total = PrototypeSum(prototypes)
+        request = replace(self._request(server_round, base), phase="prototypes")
+        outcome = self._exchange.round(Question(request=request, folding=total, like=prototypes.like), sites)
+        if not outcome.replied:
+            return None  # each site's refusal is in the log; the round trains without
+        bank = total.bank(base)
+        keep(bank, path)
+        self._log.record("prototypes_made", round=server_round, **total.facts())
+        return bank
 
     def _drawn(self, server_round: int) -> list[Site]:
         """Who is asked: a draw from the ready sites; one that is late sits out if others suffice."""
@@ -215,7 +240,7 @@ class _Run:
         return Rules(
             weighting=strategy.weighting,
             retries=strategy.retries,
-            pause_seconds=0.0 if self._in_turn else POLL_SECONDS,  # waiting here would be their time
+            in_turn=self._in_turn,
             late=strategy.late,
             staleness_exponent=strategy.staleness_exponent,
         )

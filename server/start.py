@@ -8,19 +8,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from encoders.clip import ClipEncoder, build
-from encoders.parts import TrainablePart, trainable_part
+from encoders.parts import PartEmbedder, TrainablePart, trainable_part
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
 from server.banks import PublicAnchors, anchor_bank, label_prompts, noise_images
 from server.errors import RunError
 from server.evaluation import EvaluationSet, evaluator
 from server.federation import AnchorSource, Federation
+from server.prototypes import Prototypes
 from server.rounds import Evaluate, Start
 from strategies.bundles import BundleStore
 from strategies.files import sync, write_text
-from strategies.messages import PublicBundle
+from strategies.messages import Arrays, PublicBundle
 from strategies.share import shared
+from tasks.concepts import Concept, concept_prompts
 
 VERSION = 1
 STARTS = ".starts"  # beside the runs
@@ -176,6 +181,26 @@ def start_of(federation: Federation, prepared: Prepared) -> Start:
         bundle=bundle,
         arrays={name: value for name, value in arrays.items() if name in names},
         public_start=prepared.public_start,
+        prototypes=_prototypes(federation, part),
+    )
+
+
+def _prototypes(federation: Federation, part: TrainablePart) -> Prototypes | None:
+    plan = federation.plan().prototypes
+    if plan is None or federation.prototypes is None:
+        return None
+    size, start = part.encoder.preprocessing.image_size, part.arrays()
+    embedder = PartEmbedder(part, np.zeros((1, size, size), dtype=np.uint8))
+
+    def embed(arrays: Arrays, concepts: tuple[Concept, ...]) -> NDArray[np.float32]:
+        part.load({**start, **arrays})
+        return concept_prompts(concepts, embedder.text_embeddings)
+
+    return Prototypes(
+        plan=plan,
+        width=part.encoder.width,
+        least_cosine=federation.prototypes.least_cosine,
+        embed=embed,
     )
 
 

@@ -41,11 +41,14 @@ Part = Literal["full", "lora", "heads", "prompts"]
 LoraTrain = Literal["alternating", "b"]
 Personal = Literal["norms", "heads"]
 Wire = Literal["fp32", "bf16", "int8"]
+Phase = Literal["prototypes", "train"]
 Objective = Literal["anchored", "microbatch", "infonce"]
 OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "int8")
+PROTOTYPE_SUMS = "prototype_sums"
 _DIGEST = "-digest"
+_OTHERS = ("correction", "prototypes")  # records of arrays beside "arrays"
 _ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes/"
 
 # What a site says about itself reaches logs, metrics and weights: bounded, and of one line.
@@ -74,6 +77,22 @@ class Facts(BaseModel):
     """Base of the JSON part of a message: public, finite values only, frozen, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PrototypePlan(Facts):
+    """Prototypes that every site releases at the start of every round, with the round's weights.
+
+    Attributes:
+        findings: Each is two concepts: there, and ruled out (`tasks.concepts`).
+        noise_multiplier: Noise standard deviation over ``max_norm``, in every release.
+        max_norm: Bound on what a patient adds to all sums and counts together.
+        count_weight: What a patient of one concept adds to its count, in the units of embeddings.
+    """
+
+    findings: tuple[Label, ...] = Field(min_length=1, max_length=256)
+    noise_multiplier: float = Field(gt=0)
+    max_norm: float = Field(gt=0)
+    count_weight: float = Field(gt=0)
 
 
 class TrainingPlan(Facts):
@@ -108,6 +127,7 @@ class TrainingPlan(Facts):
         prompt_tokens: Learned tokens in every text, for prompts.
         personal: Weights that every site trains and keeps to itself.
         wire: How updates travel; see `strategies.wire`.
+        prototypes: What sites release besides their updates; null: nothing. Only with privacy.
         proximal: mu; mu times the way from the round's weights is added to every noised gradient.
         seed: Seeds augmentation and, without DP, sampling. Never the noise.
     """
@@ -139,6 +159,7 @@ class TrainingPlan(Facts):
     prompt_tokens: int = Field(default=16, ge=1, le=256)
     personal: tuple[Personal, ...] = ()
     wire: Wire = "fp32"
+    prototypes: PrototypePlan | None = None
     proximal: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)
 
@@ -243,15 +264,19 @@ class _TrainFacts(Facts):
     server_round: int = Field(ge=1)
     bundle: str
     plan: TrainingPlan
+    phase: Phase = "train"
+    prototypes: dict[str, Any] | None = None
     deadline_unix_seconds: float | None
     anchor: Anchor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """Train ``arrays`` by ``plan``.
+    """Train ``arrays`` by ``plan``, or release prototypes with them.
 
     Attributes:
+        phase: What of the plan is asked for. The update of prototypes is one array, `PROTOTYPE_SUMS`.
+        prototypes: Of this round, more anchors beside the bundle's.
         arrays: The shared weights of the global model, float32.
         correction: Added to every gradient of the asked site, by names of ``arrays``; see `client.drift`.
         deadline_unix_seconds: A reply later than this is not used; null: no deadline.
@@ -263,6 +288,8 @@ class TrainRequest:
     bundle: str
     plan: TrainingPlan
     arrays: Arrays
+    phase: Phase = "train"
+    prototypes: PrototypeBank | None = None
     correction: Arrays = field(default_factory=dict)
     deadline_unix_seconds: float | None = None
     anchor: Anchor | None = None
@@ -270,9 +297,12 @@ class TrainRequest:
     @property
     def digest(self) -> str:
         """Identity of the request; deadline and anchor are no part of it: asked again, it is the same."""
-        facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json")]
-        arrays = digest_of(self.arrays) + (digest_of(self.correction) if self.correction else "")
-        return hashlib.sha256((json.dumps(facts, sort_keys=True) + arrays).encode()).hexdigest()
+        facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json"), self.phase]
+        digests = [digest_of(self.arrays), digest_of(self.correction)]
+        if self.prototypes is not None:
+            facts.append(self.prototypes.facts())
+            digests.append(digest_of(self.prototypes.arrays()))
+        return hashlib.sha256(json.dumps([facts, digests], sort_keys=True).encode()).hexdigest()
 
 
 class ReleaseFacts(Facts):
@@ -327,10 +357,19 @@ def encode(
             server_round=message.server_round,
             bundle=message.bundle,
             plan=message.plan,
+            phase=message.phase,
+            prototypes=None if message.prototypes is None else message.prototypes.facts(),
             deadline_unix_seconds=message.deadline_unix_seconds,
             anchor=message.anchor,
         )
-        return _records("TrainRequest", request.model_dump(mode="json"), message.arrays, message.correction)
+        vectors = {} if message.prototypes is None else message.prototypes.arrays()
+        return _records(
+            "TrainRequest",
+            request.model_dump(mode="json"),
+            message.arrays,
+            correction=message.correction,
+            prototypes=vectors,
+        )
     return _records("Release", message.facts.model_dump(mode="json"), message.update)
 
 
@@ -364,9 +403,9 @@ def decode(
         raise MessageError(
             f"expected message version {MESSAGE_VERSION}, got {version!r}: update the older side"
         )
-    arrays, correction = _arrays(content, "arrays"), _arrays(content, "correction")
+    arrays, others = _arrays(content, "arrays"), {name: _arrays(content, name) for name in _OTHERS}
     try:
-        return _build(kind, facts, arrays, correction)
+        return _build(kind, facts, arrays, others)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, mistake["loc"])) for mistake in error.errors())
         raise MessageError(f"{kind}: wrong fields: {fields}") from None
@@ -377,7 +416,7 @@ def decode(
 
 
 def _build(
-    kind: str, facts: dict[str, Any], arrays: Arrays, correction: Arrays
+    kind: str, facts: dict[str, Any], arrays: Arrays, others: Mapping[str, Arrays]
 ) -> Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release:
     plain: dict[str, type[Hello] | type[SiteFacts] | type[Installed] | type[Refusal]] = {
         "Hello": Hello, "SiteFacts": SiteFacts, "Installed": Installed, "Refusal": Refusal,
@@ -388,13 +427,16 @@ def _build(
         return PublicBundle.parse(facts, arrays)
     if kind == "TrainRequest":
         request = _TrainFacts.model_validate(facts)
+        bank, vectors = request.prototypes, others["prototypes"]
         return TrainRequest(
             run=request.run,
             server_round=request.server_round,
             bundle=request.bundle,
             plan=request.plan,
+            phase=request.phase,
             arrays=arrays,
-            correction=correction,
+            prototypes=None if bank is None else PrototypeBank.parse(bank, vectors),
+            correction=others["correction"],
             deadline_unix_seconds=request.deadline_unix_seconds,
             anchor=request.anchor,
         )
@@ -439,12 +481,12 @@ def _records(
     kind: str,
     facts: dict[str, Any],
     arrays: Mapping[str, NDArray[Any]],
-    correction: Mapping[str, NDArray[Any]] | None = None,
+    **others: Mapping[str, NDArray[Any]],
 ) -> RecordDict:
     text = json.dumps(facts, sort_keys=True, allow_nan=False)
     records = RecordDict({"facts": ConfigRecord({"version": MESSAGE_VERSION, "kind": kind, "json": text})})
-    records.update(_array_records("arrays", arrays))
-    records.update(_array_records("correction", correction or {}))
+    for name, values in {"arrays": arrays, **others}.items():
+        records.update(_array_records(name, values))
     return records
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from strategies.messages import Arrays, MessageError, Personal, TrainingPlan, TrainRequest
+from strategies.messages import Arrays, MessageError, Personal, TrainingPlan, TrainRequest, Wire
 
 _PERSONAL: dict[Personal, tuple[str, ...]] = {
     "norms": ("layer_norm", "layernorm", "layrnorm"),  # as Hugging Face writes them
@@ -41,6 +41,11 @@ def released(request: TrainRequest) -> Arrays:
     """Those of the request's arrays of which a release holds an update."""
     names = trained(request.arrays, request.plan, request.server_round)
     return {name: value for name, value in request.arrays.items() if name in names}
+
+
+def wire_of(request: TrainRequest) -> Wire:
+    """The form of the answer. Prototypes lose nothing in bfloat16 that their noise left."""
+    return request.plan.wire if request.phase == "train" else "bf16"
 
 
 def trained(names: Iterable[str], plan: TrainingPlan, server_round: int) -> frozenset[str]:

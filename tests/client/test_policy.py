@@ -22,6 +22,7 @@ from privacy.accounting import epsilon
 from privacy.errors import NoiseOutOfRange
 from strategies.messages import (
     Hello,
+    PrototypePlan,
     Refusal,
     RefusalCode,
     Release,
@@ -47,6 +48,7 @@ from tests.small_hospitals import (
 )
 
 ELSEWHERE = "0" * 64  # the digest of no code
+PROTOTYPES = PrototypePlan(findings=("effusion",), noise_multiplier=9.0, max_norm=2.0, count_weight=0.5)
 HOURS = timedelta(hours=11)
 AROUND_NOW = f"{datetime.now(UTC) - HOURS:%H:%M}-{datetime.now(UTC) + HOURS:%H:%M}"
 
@@ -74,6 +76,10 @@ def asked(server_round: int = 1, **changes: Any) -> TrainRequest:
         ({"epochs": 1}, "the same public number of steps: epochs would tell its size"),
         ({"keep_optimizer": True}, "a round depends on nothing but its request: no optimizer is kept"),
         ({"epsilon": None}, "a plan with privacy names an epsilon"),
+        (
+            {"privacy": "none", "objective": "infonce", "epsilon": None, "prototypes": PROTOTYPES},
+            "policy.require-dp is set",
+        ),
         ({"server_round": 4}, "round is past the plan's last"),
         ({"batch": 11}, "sample rate 0.44 is above policy.max-sample-rate 0.4"),
         ({"batch": 26}, "sample rate 1.04 is above policy.max-sample-rate"),
@@ -94,6 +100,12 @@ FORBIDDEN: list[tuple[str, Any, dict[str, Any], str]] = [
     ("parts", ["lora"], {}, "part 'heads' is not among policy.parts"),
     ("parts", [], {}, "part 'heads' is not among"),
     ("objectives", ["infonce"], {}, "objective 'anchored' is not among policy.objectives"),
+    (
+        "prototypes",
+        False,
+        {"prototypes": PROTOTYPES},
+        "the plan releases prototypes, and policy.prototypes is",
+    ),
     ("require-dp", True, {"privacy": "none", "objective": "infonce", "epsilon": None}, "has no privacy"),
     ("min-patients", 26, {}, "25 patients are declared, policy.min-patients is 26"),
     ("max-rounds", 2, {}, "the run has 3 rounds, policy.max-rounds is 2"),

@@ -18,16 +18,9 @@ from privacy.accounting import PoissonGaussian, epsilon
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
 from privacy.noise import GaussianNoise
+from privacy.noisy_sums import MODALITIES, Modality, NoisySums, add_up
 from privacy.projection import Projection
-from privacy.prototypes import (
-    MODALITIES,
-    Modality,
-    NoisySums,
-    PrototypeRelease,
-    RawRows,
-    add_up,
-    append_prototypes,
-)
+from privacy.prototypes import PrototypeRelease, RawRows, append_prototypes
 
 Cohort = Mapping[Modality, RawRows]
 Sum = Callable[[PrototypeRelease, Cohort], NDArray[np.float64]]

@@ -1,0 +1,60 @@
+"""Prototypes of a site's training patients: noisy sums of embeddings by concept."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.batches import Rows
+from encoders.fitting import Pairs
+from encoders.parts import TrainablePart
+from privacy.noise import GaussianNoise
+from privacy.noisy_sums import Modality
+from privacy.prototypes import PrototypeRelease, RawRows
+from strategies.messages import PROTOTYPE_SUMS, Arrays
+from tasks.concepts import finding_concepts, members_by_labels
+
+EMBED_ROWS = 256
+
+
+@torch.no_grad()
+def release_prototypes(
+    part: TrainablePart,
+    pairs: Pairs,
+    *,
+    patients: Rows,
+    labels: Mapping[str, NDArray[np.float32]],
+    findings: tuple[str, ...],
+    mechanism: PrototypeRelease,
+    noise: GaussianNoise,
+) -> Arrays:
+    """Release sums and counts of all training patients, once.
+
+    Guarantees:
+        The result is one release of ``mechanism``: a patient's rows are embedded on their own, by weights
+        that the coordinator knows or that noised steps made, and join concepts by their own labels alone.
+
+    Args:
+        part: Has the round's weights in it.
+        pairs: N training pairs.
+        patients: Patient number of each pair, shape (N,).
+        labels: By finding, 1 there, 0 ruled out, else unknown, shape (N,); findings may lack.
+        findings: Whose concepts the mechanism names.
+        mechanism: Bound and noise.
+        noise: Its source, of this release alone.
+
+    Returns:
+        One array, float32 (2, K, d + 1): see `privacy.prototypes.NoisySums`.
+    """
+    part.module.eval()
+    members = members_by_labels(finding_concepts(findings), labels, rows=len(pairs))
+    raw_images = [part.module.embed_images(rows).cpu() for rows in torch.split(pairs.images, EMBED_ROWS)]
+    raw_texts = [
+        part.module.embed_texts(part.trimmed(rows)).cpu() for rows in torch.split(pairs.texts, EMBED_ROWS)
+    ]
+    raw: dict[Modality, RawRows] = {
+        "image": RawRows(patients=patients, embeddings=torch.cat(raw_images).numpy(), members=members),
+        "text": RawRows(patients=patients, embeddings=torch.cat(raw_texts).numpy(), members=members),
+    }
+    return {PROTOTYPE_SUMS: mechanism.release(mechanism.clipped_sum(raw), noise).values}

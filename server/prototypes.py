@@ -1,0 +1,131 @@
+"""Prototypes of a round: the sites' noisy sums added up, and what the sites are then told of each concept."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy.banks import PrototypeBank
+from privacy.noisy_sums import MODALITIES, NoisySums
+from strategies.files import sync
+from strategies.messages import PROTOTYPE_SUMS, Arrays, PrototypePlan, check_update
+from tasks.concepts import Concept, finding_concepts
+
+PROTOTYPES_FOLDER = "prototypes"
+EmbedConcepts = Callable[[Arrays, tuple[Concept, ...]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prototypes:
+    """How a run makes prototypes.
+
+    Attributes:
+        plan: What sites are asked for.
+        width: D of the embeddings.
+        least_cosine: A direction is used where noise should leave it such a cosine with the one without
+            noise; elsewhere the concept's prompts stand in.
+        embed: Unit directions (K, D) of the concepts' prompts under given weights.
+    """
+
+    plan: PrototypePlan
+    width: int
+    least_cosine: float
+    embed: EmbedConcepts
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """K of them, two a finding."""
+        return finding_concepts(self.plan.findings)
+
+    @property
+    def like(self) -> Arrays:
+        """The shape of a release."""
+        shape = (len(MODALITIES), len(self.concepts), self.width + 1)
+        return {PROTOTYPE_SUMS: np.zeros(shape, dtype=np.float32)}
+
+
+class PrototypeSum:
+    """Adds releases up, one at a time; in an exchange it stands where a strategy stands.
+
+    Every site's noise is of one size, so the noise of k sites is sqrt(k) times that. Weights play no part:
+    a sum over patients is weighed by its patients already.
+    """
+
+    def __init__(self, prototypes: Prototypes) -> None:
+        self._prototypes = prototypes
+        self.begin(prototypes.like)
+
+    def begin(self, base: Arrays) -> None:
+        """Start from nothing."""
+        self._total = np.zeros(base[PROTOTYPE_SUMS].shape)
+        self._sites = 0
+
+    def correction_for(self, site: str) -> Arrays | None:
+        """Nothing: no gradient is computed."""
+        return None
+
+    def fold(self, site: str, update: Arrays, weight: float) -> None:
+        """Add a release.
+
+        Raises:
+            MessageError: it is none of this plan, or not finite.
+        """
+        check_update(update, self._prototypes.like)
+        self._total += update[PROTOTYPE_SUMS]
+        self._sites += 1
+
+    def sums(self) -> NoisySums:
+        """What all of them released together."""
+        plan = self._prototypes.plan
+        return NoisySums(
+            concepts=tuple(concept.name for concept in self._prototypes.concepts),
+            values=self._total.astype(np.float32),
+            noise_std=math.sqrt(self._sites) * plan.noise_multiplier * plan.max_norm,
+            count_weight=plan.count_weight,
+        )
+
+    def bank(self, arrays: Arrays) -> PrototypeBank:
+        """The prototypes for sites that train on from these weights."""
+        prototypes, sums = self._prototypes, self.sums()
+        return sums.bank(
+            prototypes.embed(arrays, prototypes.concepts),
+            least_count=least_count(sums, least_cosine=prototypes.least_cosine),
+            wordings=[concept.prompts for concept in prototypes.concepts],
+        )
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the run's events say: noisy counts are public, as the sums are."""
+        sums = self.sums()
+        least = least_count(sums, least_cosine=self._prototypes.least_cosine)
+        return {
+            "sites": self._sites,
+            "concepts": len(sums.concepts),
+            "used": {
+                name: int((row >= least).sum()) for name, row in zip(MODALITIES, sums.counts, strict=True)
+            },
+            "least_count": least,
+        }
+
+
+def keep(bank: PrototypeBank, path: Path) -> None:
+    """Write prototypes whole or not at all; the folder is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    bank.save(partial)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def least_count(sums: NoisySums, *, least_cosine: float) -> float:
+    """Patients that a direction needs so that noise leaves it a cosine of about ``least_cosine``.
+
+    n patients who all look in one direction add up to n, the noise to ``noise_std`` times sqrt(d): patients
+    who differ need more.
+    """
+    noise = sums.noise_std * math.sqrt(sums.values.shape[-1] - 1)
+    return noise * least_cosine / math.sqrt(1 - least_cosine**2)

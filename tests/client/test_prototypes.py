@@ -1,0 +1,110 @@
+"""What a site releases as prototypes is the noised sum over its own patients, each of them bounded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.errors import Refused
+from client.policy import mechanism_for, prototypes_for
+from client.prototypes import release_prototypes
+from client.site import Site
+from encoders.fitting import Pairs
+from encoders.parts import trainable_part
+from privacy.accounting import epsilon
+from privacy.noise import GaussianNoise
+from privacy.prototypes import PrototypeRelease
+from strategies.messages import PROTOTYPE_SUMS, PrototypePlan
+from tests.encoders.micro import TEXTS, micro_encoder, random_images
+from tests.small_hospitals import EPSILON, ROUNDS, change_site, plan
+
+FINDINGS = ("effusion", "opacity")
+PART = trainable_part(micro_encoder(), "heads")
+PAIRS = Pairs.of(PART, random_images(len(TEXTS), size=40), list(TEXTS))
+PATIENTS = np.arange(len(TEXTS)) // 2
+LABELS = {"effusion": np.resize(np.array([1, 0, np.nan], np.float32), len(TEXTS))}
+PLAN = PrototypePlan(findings=FINDINGS, noise_multiplier=3.0, max_norm=2.0, count_weight=0.5)
+
+
+def mechanism(noise_multiplier: float = 1e-6) -> PrototypeRelease:
+    return PrototypeRelease(
+        concepts=tuple(f"{name} {there}" for name in FINDINGS for there in ("present", "absent")),
+        dimension=PART.encoder.width,
+        max_norm=100.0,
+        noise_multiplier=noise_multiplier,
+        count_weight=0.5,
+    )
+
+
+def sums(rows: list[int]) -> np.ndarray:
+    picked = torch.tensor(rows)
+    pairs = Pairs(images=PAIRS.images[picked], texts=PAIRS.texts[picked], text_keys=PAIRS.text_keys[picked])
+    update = release_prototypes(
+        PART,
+        pairs,
+        patients=PATIENTS[rows],
+        labels={name: values[rows] for name, values in LABELS.items()},
+        findings=FINDINGS,
+        mechanism=mechanism(),
+        noise=GaussianNoise(insecure_seed=0),
+    )
+    assert set(update) == {PROTOTYPE_SUMS}
+    return update[PROTOTYPE_SUMS]
+
+
+def test_a_sum_is_each_patients_mean_of_what_their_own_labels_state() -> None:
+    rows = list(range(len(TEXTS)))
+    with torch.no_grad():
+        images, texts = (side.numpy() for side in PART.module(PAIRS.images, PAIRS.texts))
+    expected = np.zeros((2, 4, PART.encoder.width + 1))
+    for patient in np.unique(PATIENTS):
+        own = [row for row in rows if PATIENTS[row] == patient]
+        for row in own:
+            label = LABELS["effusion"][row]
+            if not np.isnan(label):
+                for side, vectors in enumerate((images, texts)):
+                    expected[side, int(label == 0)] += np.append(vectors[row], 0.5) / len(own)
+    assert sums(rows) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_site_without_labels_takes_part_with_noise_alone() -> None:
+    update = release_prototypes(
+        PART,
+        PAIRS,
+        patients=PATIENTS,
+        labels={},
+        findings=FINDINGS,
+        mechanism=mechanism(noise_multiplier=0.01),
+        noise=GaussianNoise(insecure_seed=0),
+    )
+    assert update[PROTOTYPE_SUMS].std() == pytest.approx(1.0, rel=0.2)
+
+
+@pytest.fixture
+def site(made_hospitals: Path) -> Site:
+    return Site.open(made_hospitals / "hospitals" / "site-1")
+
+
+def test_prototypes_and_training_cost_the_plans_epsilon_together(site: Site) -> None:
+    asked = plan(prototypes=PLAN)
+    both = [prototypes_for(site, asked, width=8).event, mechanism_for(site, asked).event] * ROUNDS
+    assert 0.99 * EPSILON < epsilon(both, delta=site.delta) <= EPSILON
+    assert mechanism_for(site, asked).noise_multiplier > mechanism_for(site, plan()).noise_multiplier
+
+
+def test_the_mechanism_is_the_plans(site: Site) -> None:
+    found = prototypes_for(site, plan(prototypes=PLAN), width=8)
+    assert (found.noise_std, found.max_norm, found.dimension) == (6.0, 2.0, 8)
+    assert found.concepts[:2] == ("effusion present", "effusion absent")
+
+
+def test_noise_below_the_policys_is_refused(hospitals: Path) -> None:
+    folder = change_site(hospitals / "hospitals" / "site-1", policy={"min-noise-multiplier": 5.0})
+    with pytest.raises(Refused, match=r"noise multiplier 3 is below policy.min-noise-multiplier 5"):
+        prototypes_for(Site.open(folder), plan(prototypes=PLAN), width=8)
+
+
+def test_a_plan_without_prototypes_has_none(site: Site) -> None:
+    with pytest.raises(Refused, match="the plan names no prototypes"):
+        prototypes_for(site, plan(), width=8)

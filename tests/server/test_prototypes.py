@@ -1,0 +1,211 @@
+"""Prototypes of a round: what sites release is added up, handed on as anchors, and paid for once."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client import answers
+from client.app import app
+from client.prototypes import release_prototypes
+from client.site import Site
+from privacy.banks import PrototypeBank
+from server.metrics import RunLog, effective, read_events
+from server.prototypes import PROTOTYPES_FOLDER, Prototypes, PrototypeSum, least_count
+from server.rounds import run_rounds
+from server.start import prepare_from_settings, start_of
+from strategies.in_process import InProcessGrid
+from strategies.messages import PROTOTYPE_SUMS, Arrays, MessageError, PrototypePlan, TrainRequest
+from tasks.concepts import Concept
+from tests.small_hospitals import EPSILON, ROUNDS, SITES, federation
+
+WIDTH = 4
+PLAN = PrototypePlan(findings=("effusion", "opacity"), noise_multiplier=2.0, max_norm=1.5, count_weight=0.5)
+
+
+def prompts(arrays: Arrays, concepts: tuple[Concept, ...]) -> np.ndarray:
+    return np.eye(WIDTH, dtype=np.float32)[: len(concepts)]
+
+
+def prototypes(*, least_cosine: float = 0.5) -> Prototypes:
+    return Prototypes(plan=PLAN, width=WIDTH, least_cosine=least_cosine, embed=prompts)
+
+
+def released(*rows: tuple[int, int, float]) -> Arrays:
+    """A release of so many patients on a concept, all along the last axis, by modality and concept."""
+    values = prototypes().like[PROTOTYPE_SUMS]
+    for modality, concept, patients in rows:
+        values[modality, concept, WIDTH - 1] = patients
+        values[modality, concept, WIDTH] = patients * PLAN.count_weight
+    return {PROTOTYPE_SUMS: values}
+
+
+def test_sums_add_and_their_noise_grows_with_the_root_of_the_sites() -> None:
+    total = PrototypeSum(prototypes())
+    for site in "abc":
+        total.fold(site, released((0, 1, 10.0)), weight=7.0)
+    sums = total.sums()
+    assert sums.counts[0, 1] == 30
+    assert sums.noise_std == pytest.approx(math.sqrt(3) * 2.0 * 1.5)
+    assert sums.concepts == ("effusion present", "effusion absent", "opacity present", "opacity absent")
+
+
+def test_a_concept_with_enough_patients_is_a_direction_and_another_its_prompt() -> None:
+    total = PrototypeSum(prototypes())
+    total.fold("a", released((0, 1, 1000.0), (1, 0, 1.0)), weight=1.0)
+    bank, last = total.bank({}), np.eye(WIDTH)[-1]
+    assert bank.image[1] == pytest.approx(last)
+    assert bank.image[0] == pytest.approx(np.eye(WIDTH)[0])
+    assert bank.text == pytest.approx(np.eye(WIDTH))  # one patient is too few
+    assert total.facts()["used"] == {"image": 1, "text": 0}
+    assert "No pleural effusion." in {text for wording in bank.wordings for text in wording}
+
+
+def test_the_least_count_is_where_noise_leaves_the_cosine() -> None:
+    total = PrototypeSum(prototypes())
+    total.fold("a", released(), weight=1.0)
+    sums, cosine = total.sums(), 0.6
+    patients = least_count(sums, least_cosine=cosine)
+    noise = np.random.default_rng(0).normal(0, sums.noise_std, (20_000, WIDTH))
+    direction = np.eye(WIDTH)[0] * patients
+    found = (noise + direction)[:, 0] / np.linalg.norm(noise + direction, axis=1)
+    assert found.mean() == pytest.approx(cosine, abs=0.1)
+
+
+def test_a_release_of_another_shape_leaves_no_trace() -> None:
+    total = PrototypeSum(prototypes())
+    with pytest.raises(MessageError, match=PROTOTYPE_SUMS):
+        total.fold("a", {PROTOTYPE_SUMS: np.zeros((2, 4, 3), np.float32)}, weight=1.0)
+    assert total.facts()["sites"] == 0
+
+
+class Run:
+    """A real federation of three small hospitals that releases prototypes."""
+
+    def __init__(self, root: Path, **changes: Any) -> None:
+        table = {"noise-multiplier": 2.0, "least-cosine": 0.01, "findings": ["effusion", "opacity"]}
+        self.root, self.run_dir = root, root / "run"
+        self.federation = federation(root, prototypes=table, **changes)
+        self.start = start_of(self.federation, prepare_from_settings(self.federation))
+
+    def go(self, *, resume: bool = False) -> Arrays:
+        sites = sorted((self.root / "hospitals").iterdir())
+        return run_rounds(
+            InProcessGrid(app, [{"site": str(folder)} for folder in sites]),
+            self.federation,
+            run_dir=self.run_dir,
+            start=self.start,
+            evaluate=lambda _: None,
+            log=RunLog(self.run_dir / "metrics.jsonl"),
+            resume=resume,
+        )
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        events = effective(read_events(self.run_dir / "metrics.jsonl"))
+        return [event for event in events if event["kind"] == kind]
+
+    def charges(self, site: str) -> list[tuple[str, str]]:
+        ledger = Site.open(self.root / "hospitals" / site).ledger()
+        return [(charge.request.kind, charge.outcome) for charge in ledger.charges()]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def test_every_round_releases_prototypes_first_and_stays_within_the_budget(hospitals: Path) -> None:
+    run = Run(hospitals)
+    run.go()
+    assert run.charges("site-1") == [("prototypes", "released"), ("anchored", "released")] * ROUNDS
+    spent = Site.open(hospitals / "hospitals" / "site-1").ledger().spent()
+    assert 0.98 * EPSILON < spent <= EPSILON
+    assert [event["sites"] for event in run.events("prototypes_made")] == [SITES] * ROUNDS
+    assert len(run.events("prototypes_replied")) == len(run.events("site_replied")) == SITES * ROUNDS
+    files = sorted((run.run_dir / PROTOTYPES_FOLDER).iterdir())
+    assert [path.name for path in files] == [f"round-{number:04d}.safetensors" for number in (1, 2, 3)]
+    assert {event["bytes_up"] for event in run.events("prototypes_replied")} == {
+        2 * run.start.prototypes.like[PROTOTYPE_SUMS].size  # type: ignore[union-attr]
+    }
+
+
+def test_the_sites_are_given_the_prototypes_of_their_round(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[TrainRequest] = []
+    train = answers.answer_train
+
+    def listening(site: Site, request: TrainRequest) -> Any:
+        asked.append(request)
+        return train(site, request)
+
+    monkeypatch.setattr("client.app.answer_train", listening)
+    run = Run(hospitals, training={"rounds": 1})
+    run.go()
+    sums, trained = asked[:SITES], asked[SITES:]
+    assert [one.phase for one in sums] == ["prototypes"] * SITES
+    made = PrototypeBank.load(run.run_dir / PROTOTYPES_FOLDER / "round-0001.safetensors")
+    for one in trained:
+        assert one.phase == "train"
+        assert one.prototypes is not None
+        assert np.array_equal(one.prototypes.image, made.image)
+        assert one.prototypes.wordings == made.wordings
+
+
+def test_a_site_that_fails_at_prototypes_still_trains(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = release_prototypes
+
+    def failing(part: Any, pairs: Any, **settings: Any) -> Arrays:
+        failures.append(None)
+        if len(failures) % SITES == 2:
+            raise RuntimeError("the disk is on fire")
+        return release(part, pairs, **settings)
+
+    failures: list[None] = []
+    monkeypatch.setattr(answers, "release_prototypes", failing)
+    run = Run(hospitals, training={"rounds": 1})
+    run.go()
+    assert [(event["site"], event["code"]) for event in run.events("prototypes_refused")] == [
+        ("site-2", "failed")
+    ]
+    assert len(run.events("site_replied")) == SITES
+    assert run.charges("site-2") == [("prototypes", "abandoned"), ("anchored", "released")]
+    assert [event["sites"] for event in run.events("prototypes_made")] == [SITES - 1]
+
+
+def test_a_site_whose_policy_releases_no_prototypes_says_so_before_it_trains(hospitals: Path) -> None:
+    from tests.small_hospitals import change_site
+
+    change_site(hospitals / "hospitals" / "site-3", policy={"prototypes": False})
+    run = Run(hospitals, training={"rounds": 1})
+    run.go()
+    assert {event["site"]: event["code"] for event in run.events("site_refused")} == {"site-3": "policy"}
+    assert run.charges("site-3") == []
+
+
+def test_a_round_that_is_resumed_uses_the_prototypes_it_made(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    run = Run(hospitals, training={"rounds": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("client.app.answer_train", _only_prototypes(killed))
+        with pytest.raises(KeyboardInterrupt):
+            run.go()
+    run.go(resume=True)
+    assert run.charges("site-1") == [("prototypes", "released"), ("anchored", "released")]
+    assert len(run.events("prototypes_made")) == 1
+
+
+def _only_prototypes(otherwise: Any) -> Any:
+    train = answers.answer_train
+    return lambda site, request: (
+        train(site, request) if request.phase == "prototypes" else otherwise(site, request)
+    )
