@@ -2,7 +2,6 @@
 
 import sqlite3
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -113,35 +112,25 @@ class Registry:
             self.close()
             raise RunError(f"{path} has version {version}, this program reads {VERSION}: move it away")
 
-    def asked(
-        self, *, run: str, server_round: int, requests: Mapping[str, str], bytes_down: Mapping[str, int]
-    ) -> dict[str, int]:
-        """Write down that sites are about to be asked.
+    def asked(self, *, run: str, server_round: int, site: str, request: str, bytes_down: int) -> int:
+        """Write down that a site is about to be asked.
 
         Args:
             run: Name of the run.
             server_round: From 1.
-            requests: Digest of each site's request, by site name.
-            bytes_down: Payload of each site's request, by site name.
+            site: Name of the site.
+            request: Digest of its request.
+            bytes_down: Payload of its request.
 
         Returns:
-            The number of each site's row, for `answered`.
+            The number of the row, for `answered`.
         """
-        rows: dict[str, int] = {}
-        self._database.execute("BEGIN IMMEDIATE")
-        with self._database:
-            for site, request in requests.items():
-                added = self._database.execute(
-                    "INSERT INTO asks (run, round, attempt, site, request, sent_at, bytes_down) SELECT ?, ?, "
-                    "1 + (SELECT count(*) FROM asks WHERE run = ? AND round = ? AND site = ?), ?, ?, ?, ?",
-                    (
-                        *(run, server_round),
-                        *(run, server_round, site),
-                        *(site, request, time.time(), bytes_down[site]),
-                    ),
-                )
-                rows[site] = int(added.lastrowid or 0)
-        return rows
+        added = self._database.execute(
+            "INSERT INTO asks (run, round, attempt, site, request, sent_at, bytes_down) SELECT ?1, ?2, "
+            "1 + (SELECT count(*) FROM asks WHERE run = ?1 AND round = ?2 AND site = ?3), ?3, ?4, ?5, ?6",
+            (run, server_round, site, request, time.time(), bytes_down),
+        )
+        return int(added.lastrowid or 0)
 
     def answered(self, row: int, *, outcome: str, bytes_up: int = 0) -> None:
         """Write down what came of one ask; the last word counts, the earlier ones stay."""

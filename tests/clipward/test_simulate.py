@@ -64,7 +64,9 @@ def test_a_private_run_leaves_model_summary_and_report(hospitals: Path) -> None:
         "federation.json",
         "metrics.jsonl",
         "model",
+        "registry.sqlite",
         "report.html",
+        "strategy",
         "summary.json",
     }
     assert result.report.read_text().startswith("<!doctype html>")

@@ -22,7 +22,7 @@ from strategies.messages import digest_of
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS, SITES, KILLS = 4, ("alpha", "beta", "gamma"), 24
+ROUNDS, SITES, KILLS = 4, ("alpha", "beta", "gamma"), 20
 # One process imports everything and forks each life off. A life dies by its own hand at the n-th line that it
 # runs of the coordinator's code, wherever that is: in the middle of asking, folding, or writing a file.
 PARENT = """

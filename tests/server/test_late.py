@@ -126,7 +126,10 @@ def test_one_that_flower_threw_away_is_dropped_by_name(
 
 @pytest.mark.parametrize(
     ("reaction", "reason"),
-    [(refuse(RefusalCode.POLICY), "it was a refusal: policy"), (send_nan, "it does not fit the model")],
+    [
+        (refuse(RefusalCode.POLICY), "it was a refusal: policy"),
+        (send_nan, "it does not fit what this round trains"),
+    ],
 )
 def test_what_comes_late_and_cannot_be_used_is_dropped_by_name(
     tmp_path: Path, reaction: Reaction, reason: str

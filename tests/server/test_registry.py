@@ -20,12 +20,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def asked(registry: Registry, *sites: str, server_round: int = 1, run: str = "r") -> dict[str, int]:
-    return registry.asked(
-        run=run,
-        server_round=server_round,
-        requests=dict.fromkeys(sites, "ab"),
-        bytes_down=dict.fromkeys(sites, 44),
-    )
+    return {
+        site: registry.asked(run=run, server_round=server_round, site=site, request="ab", bytes_down=44)
+        for site in sites
+    }
 
 
 def test_an_ask_and_its_answer_are_one_entry(path: Path) -> None:
@@ -92,9 +90,8 @@ def test_the_file_itself_refuses_to_forget(path: Path, statement: str) -> None:
     database.close()
 
 
-def test_asking_nobody_is_written_as_nothing(path: Path) -> None:
+def test_a_new_registry_is_empty(path: Path) -> None:
     with Registry(path) as registry:
-        assert asked(registry) == {}
         assert registry.entries() == []
 
 
@@ -119,13 +116,11 @@ def test_what_was_written_before_a_kill_is_there_after_it(path: Path) -> None:
         from pathlib import Path
         from server.registry import Registry
         registry = Registry(Path(sys.argv[1]))
-        rows = registry.asked(
-            run="r",
-            server_round=1,
-            requests={"alpha": "ab", "beta": "ab"},
-            bytes_down={"alpha": 1, "beta": 1},
-        )
-        registry.answered(rows["alpha"], outcome="released")
+        rows = [
+            registry.asked(run="r", server_round=1, site=site, request="ab", bytes_down=1)
+            for site in ("alpha", "beta")
+        ]
+        registry.answered(rows[0], outcome="released")
         os.kill(os.getpid(), signal.SIGKILL)
     """
     died = subprocess.run(

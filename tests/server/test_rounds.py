@@ -212,11 +212,42 @@ def test_every_ask_is_in_the_registry_with_what_came_of_it(tmp_path: Path) -> No
     assert [(one.site, one.attempt, one.outcome, one.bytes_up) for one in asks] == [
         ("alpha", 1, "policy", 0),
         ("beta", 1, "failed", 0),
-        ("gamma", 1, "released", 44),
         ("beta", 2, "released", 44),
+        ("gamma", 1, "released", 44),
     ]
     assert len({one.request for one in asks}) == 1
     assert {(one.run, one.server_round, one.bytes_down) for one in asks} == {("test", 1, 44)}
+
+
+def test_an_ask_is_in_the_registry_before_it_is_on_its_way(tmp_path: Path) -> None:
+    case = Case(tmp_path, settings=federation(training={"rounds": 1}))
+    known: list[int] = []
+
+    class Looking(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            messages = list(messages)
+            if messages[0].metadata.message_type == "train":
+                known.append(len(case.asks()))
+            return super().push_messages(messages)
+
+    case.run(grid=Looking(case.sites.app, FakeSites.configs(*SITES)))
+    assert known == [1, 2, 3]
+
+
+def test_in_one_process_a_site_is_asked_when_its_turn_comes(tmp_path: Path) -> None:
+    """Else what is sent to each, which may be as large as the model, would lie in memory for all."""
+    case = Case(tmp_path, settings=federation(training={"rounds": 1}))
+    waiting: list[int] = []
+
+    class Looking(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            accepted = super().push_messages(messages)
+            if self._sent[accepted[0]].metadata.message_type == "train":
+                waiting.append(len(self._sent))
+            return accepted
+
+    case.run(grid=Looking(case.sites.app, FakeSites.configs(*SITES)))
+    assert waiting == [1, 1, 1]
 
 
 def test_a_retry_says_why_and_stays_within_the_deadline(tmp_path: Path) -> None:
@@ -237,11 +268,10 @@ def test_a_site_that_flower_cannot_reach_is_tried_again(tmp_path: Path) -> None:
         refused = 0
 
         def push_messages(self, messages: Iterable[Message]) -> list[str]:
-            accepted = super().push_messages(messages)
-            if any(self._sent[one].metadata.message_type == "train" for one in accepted) and not self.refused:
-                self.refused += 1
-                return accepted[1:]
-            return accepted
+            messages = list(messages)
+            training = messages[0].metadata.message_type == "train"
+            self.refused += training
+            return [] if training and self.refused == 1 else super().push_messages(messages)
 
     case = Case(tmp_path, settings=federation(training={"rounds": 1}))
     case.run(grid=Unreachable(case.sites.app, FakeSites.configs(*SITES)))
