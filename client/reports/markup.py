@@ -1,7 +1,7 @@
 """The text of an HTML document, with the line ends that its blocks make.
 
-Python's own parser begins again at every "<" of markup that is never closed: a minute for 80 kB, and the square
-of it for more. This one looks at no character more than a few times.
+Python's own parser begins again at every "<" of markup that is never closed: a minute for 80 kB, and so on.
+This one looks at no character more than a few times.
 """
 
 import re
