@@ -2,7 +2,8 @@
 
 Every figure is of a child process of its own. Replies are made one at a time when they are asked for, as a
 grid gives them: ours folds each in and lets it go, Flower's strategies take the list of all. The weights the
-round starts from are held by both, as in a run.
+round starts from are held by both, as in a run. Seconds are processor time, which other work on the machine
+disturbs little; the wall's stand beside them.
 """
 
 import io
@@ -71,13 +72,15 @@ class Replies:
         self._case = case
         self.made = 0
         self.seconds = 0.0
+        self.wall_seconds = 0.0
 
     def __iter__(self) -> Iterator[Message]:
         for number in range(self._case.sites):
-            begin = time.perf_counter()
+            begin = time.process_time(), time.perf_counter()
             message = self._reply(number)
             self.made += 1
-            self.seconds += time.perf_counter() - begin
+            self.seconds += time.process_time() - begin[0]
+            self.wall_seconds += time.perf_counter() - begin[1]
             yield message
             del message
 
@@ -109,14 +112,18 @@ def measure(case: Case) -> dict[str, Any]:
     base = {name: np.ones(shape, dtype=np.float32) for name, shape in shapes(case.megabytes).items()}
     replies = Replies(case)
     combine = _ours if case.who == OURS else _flower
-    begin = time.perf_counter()
+    begin = time.process_time(), time.perf_counter()
     try:
         combine(case, base, replies)
         reason = None
     except MemoryError:
         reason = f"out of memory at the limit of {case.limit / GIB:.1f} GiB after {replies.made} replies"
-    seconds = time.perf_counter() - begin - replies.seconds
-    return {"seconds": seconds, "peak_bytes": _resident("VmHWM") - before, "reason": reason}
+    return {
+        "seconds": time.process_time() - begin[0] - replies.seconds,
+        "wall_seconds": time.perf_counter() - begin[1] - replies.wall_seconds,
+        "peak_bytes": _resident("VmHWM") - before,
+        "reason": reason,
+    }
 
 
 def _ours(case: Case, base: dict[str, Any], replies: Replies) -> None:
@@ -162,7 +169,7 @@ def _child(case: Case) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this file
     if done.returncode:  # the kernel's own killing included
         reason = f"ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
-        return {"seconds": None, "peak_bytes": None, "reason": reason}
+        return {"seconds": None, "wall_seconds": None, "peak_bytes": None, "reason": reason}
     return dict(json.loads(done.stdout))
 
 
@@ -182,6 +189,7 @@ def _row(
         "model_bytes": case.megabytes * 10**6,
         "seconds": statistics.median(seconds) if seconds else None,
         "spread": max(seconds) - min(seconds) if seconds else None,
+        "wall_seconds": statistics.median(result["wall_seconds"] for result in whole) if whole else None,
         "peak_bytes": peak,
         "peak_models": None if peak is None else peak / (case.megabytes * 10**6),
         "ratio": statistics.median(seconds) / statistics.median(theirs) if seconds and theirs else None,
@@ -199,21 +207,18 @@ def machine() -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table, with a footnote for each reason why a round was not combined."""
-    header = ["strategy", "sites", "who", "s", "spread s", "time x", "peak MB", "peak in models", "goal"]
+    header = ["strategy", "sites", "who", "s", "spread s", "time x", "wall s"]
+    header += ["peak MB", "peak in models", "goal"]
     lines, notes = [header, ["---"] * len(header)], list[str]()
     for row in rows:
         mark = ""
         if row["reason"]:
             notes += [row["reason"]] if row["reason"] not in notes else []
             mark = f" [{notes.index(row['reason']) + 1}]"
-        cells = [
-            row["what"],
-            str(row["sites"]),
-            row["who"] + mark,
-            _cell(row["seconds"]),
-            _cell(row["spread"]),
-        ]
-        cells += [_cell(row["ratio"], digits=2), _cell(row["peak_bytes"], 1e-6, digits=0)]
+        cells = [row["what"], str(row["sites"]), row["who"] + mark]
+        cells += [_cell(row["seconds"]), _cell(row["spread"])]
+        cells += [_cell(row["ratio"], digits=2), _cell(row["wall_seconds"])]
+        cells += [_cell(row["peak_bytes"], 1e-6, digits=0)]
         lines.append([*cells, _cell(row["peak_models"], digits=2), _goal(row)])
     notes = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ([""] if notes else []) + notes)

@@ -128,13 +128,10 @@ def test_a_site_has_one_vote_where_votes_are_counted(name: str, tmp_path: Path) 
         strategy.fold("x", one(1.0), 1.0)
 
 
-def test_only_fedprox_and_feddyn_pull_sites_back() -> None:
-    assert {name: _proximal(name) for name in NAMES if _proximal(name)} == {"fedprox": 0.01, "feddyn": 0.01}
-
-
-def _proximal(name: str) -> float:
-    own = settings_of(name).parameters
-    return float(own.get("proximal_mu", 0.0) or own.get("alpha", 0.0))
+@each_name
+def test_only_fedprox_and_feddyn_pull_sites_back(name: str, tmp_path: Path) -> None:
+    pull = {"fedprox": 0.01, "feddyn": 0.01}.get(name, 0.0)
+    assert settings_of(name).proximal == named(name, tmp_path).proximal == pull
 
 
 def test_fair_weights_move_the_mean_to_the_site_with_the_larger_loss(tmp_path: Path) -> None:
