@@ -11,12 +11,15 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from client.batches import TrainingData
 from client.cohort import Cohort, CohortError
 from client.engines import engine_maker
 from client.errors import Refused
 from client.journal import write_note
+from client.losses import release_mean_loss
+from client.objectives import Anchors
 from client.personal import PersonalWeights
-from client.policy import check_code, check_plan, check_run, mechanism_for, prototypes_for
+from client.policy import check_code, check_plan, check_run, losses_for, mechanism_for, prototypes_for
 from client.prototypes import release_prototypes
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
@@ -34,6 +37,7 @@ from encoders.errors import EncoderError
 from encoders.parts import TrainablePart
 from privacy.errors import AlreadyReleased, BudgetExceeded, PrivacyError
 from privacy.ledger import Ledger, Reservation, ReservationRequest
+from privacy.losses import LossRelease
 from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise, os_generator
 from privacy.prototypes import PrototypeRelease
@@ -55,6 +59,7 @@ from strategies.wire import pack
 
 RELEASES = "releases"
 PERSONAL = "personal"
+AnyMechanism = Mechanism | PrototypeRelease | LossRelease
 # True batch sizes show in exact durations, so under privacy they leave rounded up.
 COARSE_SECONDS = 10
 
@@ -108,10 +113,13 @@ def _with_claim(site: Site, request: TrainRequest) -> Release:
     reservation = _reserve(ledger, charge)
     try:
         started = time.monotonic()
-        if isinstance(mechanism, PrototypeRelease):
-            update = _prototypes(site, request, part, mechanism, noise)
-        else:
-            update = _trained(site, request, part, mechanism, noise)
+        match mechanism:
+            case PrototypeRelease():
+                update = _prototypes(site, request, part, mechanism, noise)
+            case LossRelease():
+                update = _mean_loss(site, request, part, mechanism, noise)
+            case _:
+                update = _trained(site, request, part, mechanism, noise)
         seconds = COARSE_SECONDS * math.ceil((time.monotonic() - started) / COARSE_SECONDS)
         insecure = noise.insecure_seed
         facts = _facts(site, request, seconds=seconds, mechanism=mechanism, ledger=ledger, insecure=insecure)
@@ -126,23 +134,25 @@ def _with_claim(site: Site, request: TrainRequest) -> Release:
     return _as_sent(release, ledger)
 
 
-def _mechanism(site: Site, request: TrainRequest) -> Mechanism | PrototypeRelease:
-    """What the request costs. Both say it before a patient's file is opened, from public constants."""
-    if request.phase == "train":
-        return mechanism_for(site, request.plan)
-    return prototypes_for(site, request.plan, width=_part(site, request).encoder.width)
+def _mechanism(site: Site, request: TrainRequest) -> AnyMechanism:
+    """What the request costs; all say it before a patient's file is opened, from public constants."""
+    match request.phase:
+        case "train":
+            return mechanism_for(site, request.plan)
+        case "losses":
+            return losses_for(site, request.plan)
+        case "prototypes":
+            return prototypes_for(site, request.plan, width=_part(site, request).encoder.width)
 
 
 def _trained(
     site: Site, request: TrainRequest, part: TrainablePart, mechanism: Mechanism, noise: GaussianNoise
 ) -> Arrays:
-    anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
-    if request.prototypes is not None:
-        anchors = replace(anchors, prototypes=request.prototypes)
+    anchors, data = _data(site, request, part)
     device = site.settings.device
     difference = train_privately(
         part,
-        training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings),
+        data,
         anchors,
         request.plan,
         mechanism=mechanism,
@@ -150,14 +160,41 @@ def _trained(
         noise=noise,
         server_round=request.server_round,
         correction=request.correction,
-        sampling=(
-            np.random.default_rng(_insecure_seed(site, request)) if noise.insecure_seed else os_generator()
-        ),
+        sampling=_sampling(noise),
         make_engine=engine_maker(
             device.engine, physical_batch=device.physical_batch, precision=device.precision
         ),
     )
     return _kept_and_packed(site, request, part, difference)
+
+
+def _data(site: Site, request: TrainRequest, part: TrainablePart) -> tuple[Anchors, TrainingData]:
+    """The public bank with this round's prototypes, and the site's pairs beside it."""
+    anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
+    if request.prototypes is not None:
+        anchors = replace(anchors, prototypes=request.prototypes)
+    return anchors, training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings)
+
+
+def _sampling(noise: GaussianNoise) -> np.random.Generator:
+    """Draws patients and studies: as secret as the noise, or, in a test, as repeatable."""
+    return np.random.default_rng(noise.insecure_seed) if noise.insecure_seed else os_generator()
+
+
+def _mean_loss(
+    site: Site, request: TrainRequest, part: TrainablePart, mechanism: LossRelease, noise: GaussianNoise
+) -> Arrays:
+    anchors, data = _data(site, request, part)
+    return release_mean_loss(
+        part,
+        data,
+        anchors,
+        request.plan,
+        mechanism=mechanism,
+        patients_declared=site.settings.cohort.patients_declared,
+        noise=noise,
+        sampling=_sampling(noise),
+    )
 
 
 def _prototypes(
@@ -295,9 +332,7 @@ def _mind_small_cohort(site: Site, cohort: Cohort, *, private: bool) -> None:
     write_note(site.folder, f"{reason}: add patients, or stop this site; a refusal would tell the number")
 
 
-def _charge(
-    request: TrainRequest, mechanism: Mechanism | PrototypeRelease, noise: GaussianNoise
-) -> ReservationRequest:
+def _charge(request: TrainRequest, mechanism: AnyMechanism, noise: GaussianNoise) -> ReservationRequest:
     return ReservationRequest(
         request_digest=request.digest,
         run=request.run,
@@ -329,7 +364,7 @@ def _facts(
     request: TrainRequest,
     *,
     seconds: float,
-    mechanism: Mechanism | PrototypeRelease | None = None,
+    mechanism: AnyMechanism | None = None,
     ledger: Ledger | None = None,
     insecure: bool = False,
     steps: int = 0,

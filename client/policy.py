@@ -15,6 +15,7 @@ from client.own_code import code_digest
 from client.site import SITE_FILE, Site
 from privacy.accounting import PoissonGaussian, noise_multiplier_for
 from privacy.errors import NoiseOutOfRange
+from privacy.losses import LossRelease
 from privacy.mechanism import MECHANISMS, Mechanism
 from privacy.prototypes import PrototypeRelease
 from strategies.messages import (
@@ -141,6 +142,12 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
         "prototypes are asked for, and the plan names none": (
             request.phase == "prototypes" and plan.prototypes is None
         ),
+        "losses are released with privacy, or not at all": not private and plan.losses is not None,
+        "a mean loss is asked for, and the plan names none": request.phase == "losses"
+        and plan.losses is None,
+        "only the anchored objective gives each patient a loss of their own": (
+            plan.losses is not None and plan.objective != "anchored"
+        ),
         "round is past the plan's last": request.server_round > plan.rounds,
     }
 
@@ -196,7 +203,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
             delta=site.delta,
             sample_rate=sample_rate,
             steps=plan.rounds * plan.steps,
-            besides=_prototype_events(plan),
+            besides=_besides(plan),
         )
     except NoiseOutOfRange as error:
         raise Refused(RefusalCode.POLICY, str(error)) from error
@@ -227,12 +234,25 @@ def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRe
     )
 
 
-def _prototype_events(plan: TrainingPlan) -> list[PoissonGaussian]:
-    """What the prototypes of all rounds cost beside the training."""
-    if plan.prototypes is None:
-        return []
-    noise = plan.prototypes.noise_multiplier
-    return [PoissonGaussian(sample_rate=1.0, noise_multiplier=noise, steps=plan.rounds)]
+def losses_for(site: Site, plan: TrainingPlan) -> LossRelease:
+    """What one round's mean loss releases.
+
+    Raises:
+        Refused: POLICY; the plan has none, or adds too little noise.
+    """
+    if plan.losses is None:
+        raise Refused(RefusalCode.POLICY, "the plan names no losses")
+    _mind_noise(site, plan.losses.noise_multiplier)
+    return LossRelease(max_loss=plan.losses.max_loss, noise_multiplier=plan.losses.noise_multiplier)
+
+
+def _besides(plan: TrainingPlan) -> list[PoissonGaussian]:
+    """What all rounds release beside the training: each a plain Gaussian mechanism a round."""
+    return [
+        PoissonGaussian(sample_rate=1.0, noise_multiplier=one.noise_multiplier, steps=plan.rounds)
+        for one in (plan.prototypes, plan.losses)
+        if one is not None
+    ]
 
 
 def _mind_noise(site: Site, noise_multiplier: float) -> None:

@@ -132,16 +132,16 @@ class Question:
     @property
     def replied(self) -> str:
         """The event of a release."""
-        return "site_replied" if self.request.phase == "train" else "prototypes_replied"
+        return "site_replied" if self.request.phase == "train" else f"{self.request.phase}_replied"
 
     @property
     def refused(self) -> str:
         """The event of a refusal."""
-        return "site_refused" if self.request.phase == "train" else "prototypes_refused"
+        return "site_refused" if self.request.phase == "train" else f"{self.request.phase}_refused"
 
     @property
     def takes_late(self) -> bool:
-        """Whether an answer may be used in a later round: prototypes of older weights may not."""
+        """Whether an answer may be used in a later round: what was measured of older weights may not."""
         return self.request.phase == "train"
 
 
@@ -154,8 +154,8 @@ class Exchange:
         anchors: Heads of the sites' ledgers: each is sent its last, and its new one is kept.
         registry: Takes each ask before it is sent, and what came of it.
         late: Takes over those that did not answer in time.
-        log: Takes ``site_replied``, ``site_refused`` (of prototypes: ``prototypes_replied``,
-            ``prototypes_refused``), ``site_retried``, ``site_late``, ``stale_used`` and
+        log: Takes ``site_replied``, ``site_refused`` (of prototypes ``prototypes_replied`` and
+            ``prototypes_refused``, of losses alike), ``site_retried``, ``site_late``, ``stale_used`` and
             ``late_dropped``.
     """
 

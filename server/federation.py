@@ -6,7 +6,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from strategies.messages import LoraTrain, OptimizerName, Part, Personal, PrototypePlan, TrainingPlan, Wire
+from strategies.messages import (
+    LoraTrain,
+    LossPlan,
+    OptimizerName,
+    Part,
+    Personal,
+    PrototypePlan,
+    TrainingPlan,
+    Wire,
+)
 from strategies.messages import Objective as ObjectiveName
 from strategies.settings import PairSource, Settings
 from strategies.strategy import StrategySettings
@@ -161,6 +170,18 @@ class Prototypes(Settings):
             max_norm=fits if self.max_norm is None else self.max_norm,
             count_weight=self.count_weight,
         )
+
+
+class Losses(Settings):
+    """Mean losses that sites release in every round, for strategies that weigh sites by them.
+
+    Attributes:
+        noise_multiplier: Noise of a release; what all rounds' cost is taken from the run's epsilon.
+        max_loss: Bound on a patient's loss; without it, twice that of a blind guess among the anchors.
+    """
+
+    noise_multiplier: float = Field(default=10.0, gt=0)
+    max_loss: float | None = Field(default=None, gt=0)
 
 
 class Privacy(Settings):
@@ -437,6 +458,7 @@ class Federation(Settings):
     share: Share = Share()
     objective: Objective = Objective()
     prototypes: Prototypes | None = None
+    losses: Losses | None = None
     privacy: Privacy
     training: Training = Training()
     strategy: Strategy = Strategy()
@@ -469,6 +491,13 @@ class Federation(Settings):
                 "prototypes are anchors that are released with privacy: they need privacy.mode = 'dp' and "
                 "objective.name = 'anchored'"
             )
+        if self.strategy.needs_losses and (self.privacy.mode, self.objective.name) != ("dp", "anchored"):
+            raise ValueError(
+                f"strategy {self.strategy.name!r} weighs sites by losses that they release with "
+                "privacy: it needs privacy.mode = 'dp' and objective.name = 'anchored'"
+            )
+        if self.losses is not None and not self.strategy.needs_losses:
+            raise ValueError(f"strategy {self.strategy.name!r} uses no losses: remove the table")
         if self.prototypes is not None and self.objective.prototypes is not None:
             raise ValueError("name one: objective.prototypes, of before, or a table of new prototypes")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
@@ -519,6 +548,16 @@ class Federation(Settings):
             shown["objective"]["prototypes"] = self.objective.prototypes.name
         return shown
 
+    def _loss_plan(self) -> LossPlan | None:
+        if not self.strategy.needs_losses:
+            return None
+        losses = self.losses or Losses()
+        blind = 2 * math.log(1 + self.objective.anchors)
+        return LossPlan(
+            noise_multiplier=losses.noise_multiplier,
+            max_loss=blind if losses.max_loss is None else losses.max_loss,
+        )
+
     def plan(self) -> TrainingPlan:
         """What every site is asked to do in every round."""
         return TrainingPlan(
@@ -530,6 +569,7 @@ class Federation(Settings):
             wire=self.share.wire,
             proximal=self.strategy.proximal,
             prototypes=None if self.prototypes is None else self.prototypes.plan(),
+            losses=self._loss_plan(),
             objective=self.objective.name,
             inverse_temperature=self.objective.inverse_temperature,
             anchors=self.objective.anchors,

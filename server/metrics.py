@@ -34,6 +34,7 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 RELEASED = (
     "site_replied",
     "prototypes_replied",
+    "losses_replied",
     "late_arrived",
 )  # a release cost its site what it cost, used or not
 
@@ -134,6 +135,8 @@ _ANSWERS = {
     "site_refused": "train",
     "prototypes_replied": "prototypes",
     "prototypes_refused": "prototypes",
+    "losses_replied": "losses",
+    "losses_refused": "losses",
 }
 
 

@@ -18,6 +18,7 @@ from server.federation import Federation
 from server.identity import Start, facts, identity, resume_point
 from server.improvement import Improvement
 from server.late import LATE_FOLDER, LateReleases
+from server.losses import LIKE, MeanLosses
 from server.metrics import RunLog
 from server.prototypes import PROTOTYPES_FOLDER, PrototypeSum, keep
 from server.registry import REGISTRY_FILE, Registry
@@ -100,7 +101,7 @@ class _Run:
         self._in_turn = isinstance(grid, InProcessGrid)
         self._roster = Roster(grid, run=federation.name, bundle=start.bundle, log=log)
         self._identity = identity(federation, start)
-        self._strategy = _strategy(federation, run_dir)
+        self._strategy, self._heard = _strategy(federation, run_dir), 0
         anchors = AnchorBook(run_dir / ANCHORS_FILE)
         self._late = LateReleases(run_dir / LATE_FOLDER, anchors=anchors, registry=registry, log=log)
         self._exchange = Exchange(
@@ -176,11 +177,25 @@ class _Run:
         sites = self._drawn(server_round)
         self._log.record("round_started", round=server_round, sites=[site.name for site in sites])
         prototypes = self._prototypes(server_round, base, sites)
+        self._hear_losses(server_round, base, sites, prototypes)
         request = replace(self._request(server_round, base), prototypes=prototypes)
         question = Question(request=request, folding=self._strategy, like=released(request))
         outcome = self._exchange.round(question, sites)
         self._dismiss(server_round, outcome)
         return outcome
+
+    def _hear_losses(
+        self, server_round: int, base: Arrays, sites: Sequence[Site], prototypes: PrototypeBank | None
+    ) -> None:
+        """Where losses weigh the sites, ask for them: once a round, however often it is repeated."""
+        if not self._strategy.fair or self._heard == server_round:
+            return
+        losses = MeanLosses()
+        request = replace(self._request(server_round, base), phase="losses", prototypes=prototypes)
+        self._exchange.round(Question(request=request, folding=losses, like=LIKE), sites)
+        self._strategy.hear(losses.by_site)
+        self._heard = server_round
+        self._log.record("losses_heard", round=server_round, losses=losses.by_site)
 
     def _prototypes(self, server_round: int, base: Arrays, sites: Sequence[Site]) -> PrototypeBank | None:
         """This round's prototypes, made of the sites' or, where that was done before, read."""

@@ -41,12 +41,13 @@ Part = Literal["full", "lora", "heads", "prompts"]
 LoraTrain = Literal["alternating", "b"]
 Personal = Literal["norms", "heads"]
 Wire = Literal["fp32", "bf16", "int8"]
-Phase = Literal["prototypes", "train"]
+Phase = Literal["prototypes", "losses", "train"]
 Objective = Literal["anchored", "microbatch", "infonce"]
 OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "int8")
 PROTOTYPE_SUMS = "prototype_sums"
+MEAN_LOSS = "mean_loss"
 _DIGEST = "-digest"
 _OTHERS = ("correction", "prototypes")  # records of arrays beside "arrays"
 _ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes/"
@@ -95,6 +96,18 @@ class PrototypePlan(Facts):
     count_weight: float = Field(gt=0)
 
 
+class LossPlan(Facts):
+    """A mean loss that every site releases at the start of every round, under the round's weights.
+
+    Attributes:
+        noise_multiplier: Noise standard deviation over ``max_loss``, in every release.
+        max_loss: Bound on a patient's loss.
+    """
+
+    noise_multiplier: float = Field(gt=0)
+    max_loss: float = Field(gt=0)
+
+
 class TrainingPlan(Facts):
     """What the coordinator asks every site to do in every round of a run; all of it is public.
 
@@ -128,6 +141,7 @@ class TrainingPlan(Facts):
         personal: Weights that every site trains and keeps to itself.
         wire: How updates travel; see `strategies.wire`.
         prototypes: What sites release besides their updates; null: nothing. Only with privacy.
+        losses: The same for a mean loss, where the strategy weighs sites by it.
         proximal: mu; mu times the way from the round's weights is added to every noised gradient.
         seed: Seeds augmentation and, without DP, sampling. Never the noise.
     """
@@ -160,6 +174,7 @@ class TrainingPlan(Facts):
     personal: tuple[Personal, ...] = ()
     wire: Wire = "fp32"
     prototypes: PrototypePlan | None = None
+    losses: LossPlan | None = None
     proximal: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)
 
@@ -275,7 +290,8 @@ class TrainRequest:
     """Train ``arrays`` by ``plan``, or release prototypes with them.
 
     Attributes:
-        phase: What of the plan is asked for. The update of prototypes is one array, `PROTOTYPE_SUMS`.
+        phase: What of the plan is asked for. The update of prototypes is the one array `PROTOTYPE_SUMS`, of
+            losses `MEAN_LOSS`.
         prototypes: Of this round, more anchors beside the bundle's.
         arrays: The shared weights of the global model, float32.
         correction: Added to every gradient of the asked site, by names of ``arrays``; see `client.drift`.

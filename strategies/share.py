@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from strategies.messages import Arrays, MessageError, Personal, TrainingPlan, TrainRequest, Wire
+from strategies.messages import Arrays, MessageError, Personal, Phase, TrainingPlan, TrainRequest, Wire
 
 _PERSONAL: dict[Personal, tuple[str, ...]] = {
     "norms": ("layer_norm", "layernorm", "layrnorm"),  # as Hugging Face writes them
@@ -45,7 +45,8 @@ def released(request: TrainRequest) -> Arrays:
 
 def wire_of(request: TrainRequest) -> Wire:
     """The form of the answer. Prototypes lose nothing in bfloat16 that their noise left."""
-    return request.plan.wire if request.phase == "train" else "bf16"
+    forms: dict[Phase, Wire] = {"train": request.plan.wire, "prototypes": "bf16", "losses": "fp32"}
+    return forms[request.phase]
 
 
 def trained(names: Iterable[str], plan: TrainingPlan, server_round: int) -> frozenset[str]:
