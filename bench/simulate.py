@@ -137,8 +137,9 @@ def measure(case: Case) -> dict[str, Any]:
     """Run `ROUNDS` rounds in this process.
 
     Returns:
-        ``rounds``: seconds of each round, exchange and combination; ``total``: seconds from the first message
-        to the last, checkpoints included.
+        ``rounds``: seconds of each round, exchange and combination; ``processor``: seconds that processors
+        worked on it for this process and all below it, the checkpoint's included; ``total``: seconds from
+        the first message to the last.
     """
     return _pfl_rounds(case) if case.who == PFL else _our_rounds(case)
 
@@ -164,14 +165,19 @@ def _our_rounds(case: Case) -> dict[str, Any]:
         public_start=False,
     )
     events: list[dict[str, Any]] = []
+    worked: list[float] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["kind"] in ("round_started", "round_finished"):
+            worked.append(_processor_seconds())
+
     server_app = ServerApp()
     with tempfile.TemporaryDirectory() as folder:
 
         @server_app.main()  # type: ignore[untyped-decorator]
         def main(grid: Grid, context: Context) -> None:
-            coordinate(
-                grid, federation, start=start, run_dir=Path(folder), resume=False, listeners=[events.append]
-            )
+            coordinate(grid, federation, start=start, run_dir=Path(folder), resume=False, listeners=[listen])
 
         configs = [{"site": f"site-{number}"} for number in range(case.sites)]
         if case.who == RAY:
@@ -184,7 +190,11 @@ def _our_rounds(case: Case) -> dict[str, Any]:
         raise RuntimeError(f"expected {ROUNDS} rounds of {case.sites} replies, got {finished}")
     [whole] = [event["seconds"] for event in events if event["kind"] == "run_finished"]
     parts = ("train", "communicate", "aggregate")
-    return {"rounds": [sum(event["seconds"][part] for part in parts) for event in finished], "total": whole}
+    return {
+        "rounds": [sum(event["seconds"][part] for part in parts) for event in finished],
+        "processor": [end - begin for begin, end in zip(worked[::2], worked[1::2], strict=True)],
+        "total": whole,
+    }
 
 
 def _pfl_rounds(case: Case) -> dict[str, Any]:
@@ -210,9 +220,9 @@ def _pfl_rounds(case: Case) -> dict[str, Any]:
         lambda user: dataset.Dataset((np.zeros(1),), user_id=str(user)), lambda: next(users)
     )
     simulated = backend(training_data=cohort, val_data=cohort)
-    rounds, begin = [], time.monotonic()
+    rounds, processor, begin = [], [], time.monotonic()
     for iteration in range(ROUNDS):
-        started = time.monotonic()
+        started, worked = time.monotonic(), _processor_seconds()
         central = context(
             current_central_iteration=iteration,
             do_evaluation=False,
@@ -226,7 +236,22 @@ def _pfl_rounds(case: Case) -> dict[str, Any]:
         for name in weights:
             weights[name] += combined[name]
         rounds.append(time.monotonic() - started)
-    return {"rounds": rounds, "total": time.monotonic() - begin}
+        processor.append(_processor_seconds() - worked)
+    return {"rounds": rounds, "processor": processor, "total": time.monotonic() - begin}
+
+
+def _processor_seconds() -> float:
+    """Seconds that processors have worked for this process and those below it that are alive."""
+    return sum(map(_worked, _descendants(os.getpid()))) / os.sysconf("SC_CLK_TCK")
+
+
+def _worked(pid: int) -> int:
+    """Clock ticks of a process, those of its children that have ended included."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has just ended
+        return 0
+    return sum(map(int, fields[11:15]))
 
 
 def child(text: str) -> None:
@@ -250,7 +275,7 @@ def compare(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 def _child(case: Case) -> dict[str, Any]:
     """Run one case; its processes' memory is watched from here."""
-    nothing: dict[str, Any] = {"rounds": [], "total": None, "peak_bytes": None}
+    nothing: dict[str, Any] = {"rounds": [], "processor": [], "total": None, "peak_bytes": None}
     if case.who == PFL and importlib.util.find_spec("pfl") is None:
         return {**nothing, "reason": "pfl is not installed"}
     root = Path(__file__).resolve().parents[1]
@@ -306,26 +331,32 @@ def _proportional_bytes(pid: int) -> int:
 
 
 def _row(case: Case, result: Mapping[str, Any], found: Mapping[Case, Mapping[str, Any]]) -> dict[str, Any]:
-    ours = _per_site(case, found.get(Case(model=case.model, sites=case.sites, who=OURS), {"rounds": []}))
-    own = _per_site(case, result)
+    ours = found.get(Case(model=case.model, sites=case.sites, who=OURS), {"rounds": [], "processor": []})
+    seconds, processor = (_per_site(case, result[name]) for name in ("rounds", "processor"))
     return {
         "what": case.model,
         "who": case.who,
         "sites": case.sites,
         "model_bytes": case.model_bytes,
-        "seconds": statistics.median(own) if own else None,
-        "spread": max(own) - min(own) if own else None,
+        "seconds": statistics.median(seconds) if seconds else None,
+        "spread": max(seconds) - min(seconds) if seconds else None,
+        "processor_seconds": statistics.median(processor) if processor else None,
         "total_seconds": result["total"],
         "peak_bytes": result["peak_bytes"],
-        "ratio": statistics.median(own) / statistics.median(ours) if own and ours else None,
+        "ratio": _ratio(seconds, _per_site(case, ours["rounds"])),
+        "processor_ratio": _ratio(processor, _per_site(case, ours["processor"])),
         "ratio_to": f"{case.model}, {case.sites} sites, {OURS}",
         "reason": result["reason"],
     }
 
 
-def _per_site(case: Case, result: Mapping[str, Any]) -> list[float]:
+def _per_site(case: Case, rounds: Sequence[float]) -> list[float]:
     """Seconds a site and round; the first round, in which engines start, is left out."""
-    return [seconds / case.sites for seconds in result["rounds"][1:]]
+    return [seconds / case.sites for seconds in rounds[1:]]
+
+
+def _ratio(own: Sequence[float], ours: Sequence[float]) -> float | None:
+    return statistics.median(own) / statistics.median(ours) if own and ours else None
 
 
 def machine() -> dict[str, Any]:
@@ -345,7 +376,7 @@ def _version(name: str) -> str | None:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, with a footnote for each reason why there is no figure."""
     header = ["what travels", "sites", "engine", "ms a site and round", "spread", "times ours"]
-    header += ["run s", "peak MB", "goal"]
+    header += ["processor ms", "times ours", "run s", "peak MB", "goal"]
     lines, notes = [header, ["---"] * len(header)], list[str]()
     for row in rows:
         mark = ""
@@ -353,6 +384,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             notes += [row["reason"]] if row["reason"] not in notes else []
             mark = f" [{notes.index(row['reason']) + 1}]"
         figures = [_cell(row["seconds"], 1e3, 2), _cell(row["spread"], 1e3, 2), _cell(row["ratio"], 1, 2)]
+        figures += [_cell(row["processor_seconds"], 1e3, 2), _cell(row["processor_ratio"], 1, 2)]
         figures += [_cell(row["total_seconds"]), _cell(row["peak_bytes"], 1e-6, 0)]
         lines.append([row["what"], str(row["sites"]), row["who"] + mark, *figures, _goal(row)])
     notes = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
@@ -377,11 +409,11 @@ def _goal(row: Mapping[str, Any]) -> str:
 # What travels, sites, engines. Ray's rounds of very many sites take minutes, and say nothing new.
 WHOLE = [
     ("350 MB", 8, (OURS, RAY, PFL)),
-    ("350 MB", 2, (OURS, RAY, PFL)),
     (PROTOTYPES, 1000, (OURS, PFL)),
-    ("10 MB", 2, (OURS, RAY, PFL)),
     ("10 MB", 8, (OURS, RAY, PFL)),
+    ("10 MB", 2, (OURS, RAY, PFL)),
     ("10 MB", 100, (OURS, RAY, PFL)),
+    ("350 MB", 2, (OURS, RAY, PFL)),
     ("10 MB", 1000, (OURS, PFL)),
 ]
 QUICK = [

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def test_every_round_is_timed(model: str) -> None:
     assert len(found["rounds"]) == BENCH["ROUNDS"]
     assert all(0 < seconds < found["total"] for seconds in found["rounds"])
     assert sum(found["rounds"]) <= found["total"]
+    assert len(found["processor"]) == BENCH["ROUNDS"]
+    assert all(seconds >= 0 for seconds in found["processor"])
 
 
 def test_a_model_has_the_bytes_it_says() -> None:
@@ -61,7 +64,9 @@ def test_a_peer_that_is_not_installed_is_a_footnote(monkeypatch: pytest.MonkeyPa
 
 
 def result(*rounds: float, total: float = 9.0) -> dict[str, Any]:
-    return {"rounds": [99.0, *rounds], "total": total, "peak_bytes": 10**9, "reason": None}
+    processor = [seconds / 2 for seconds in rounds]
+    times = {"rounds": [99.0, *rounds], "processor": [99.0, *processor], "total": total}
+    return {**times, "peak_bytes": 10**9, "reason": None}
 
 
 def rows(found: dict[Any, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -73,6 +78,7 @@ def test_overhead_is_of_a_site_and_round_without_the_first_and_over_ours() -> No
     first, second = rows({ours: result(8.0, 16.0), ray: result(48.0, 80.0)})
     assert (first["seconds"], first["spread"], first["ratio"]) == (1.5, 1.0, 1.0)
     assert (second["seconds"], second["ratio"]) == (8.0, pytest.approx(16 / 3))
+    assert (second["processor_seconds"], second["processor_ratio"]) == (4.0, pytest.approx(16 / 3))
     assert (first["what"], second["ratio_to"]) == ("350 MB", "350 MB, 8 sites, in-process")
     assert "≥ 5 times ours: met" in BENCH["table"]([first, second])
 
@@ -87,6 +93,14 @@ def test_the_processes_below_one_are_found_with_it() -> None:
     assert os.getpid() in set(BENCH["_descendants"](os.getppid()))
     assert BENCH["_proportional_bytes"](os.getpid()) > 10**7
     assert BENCH["_proportional_bytes"](2**22 + 1) == 0
+
+
+def test_the_processors_work_is_counted() -> None:
+    before, own = BENCH["_processor_seconds"](), time.process_time()
+    while time.process_time() < own + 0.2:
+        pass
+    assert 0.15 < BENCH["_processor_seconds"]() - before < 5
+    assert BENCH["_worked"](2**22 + 1) == 0
 
 
 def test_a_line_that_is_not_measured_names_those_that_are() -> None:
