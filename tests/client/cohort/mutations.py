@@ -483,6 +483,11 @@ def _junk(rng: Random, holder: Any, key: Any) -> None:
     holder[key] = rng.choice(_JUNK)
 
 
+def _half_a_character(rng: Random, holder: Any, key: Any) -> None:
+    if isinstance(holder[key], str):
+        holder[key] += "\ud800"
+
+
 def _repeated(rng: Random, holder: Any, key: Any) -> None:
     part = json.dumps(holder[key]).encode()
     holder[key] = [holder[key]] * (len(_times(part, rng.choice((0, 2, 2000)))) // len(part))
@@ -529,6 +534,7 @@ def several_lines(rng: Random, data: bytes) -> bytes:
 
 FHIR: Mutations = ANY | {
     "junk": _edited(_junk),
+    "half_a_character": _edited(_half_a_character),
     "repeated": _edited(_repeated),
     "in_itself": _edited(_in_itself),
     "renamed": _edited(_renamed),
