@@ -64,11 +64,12 @@ def resume_point(run_dir: Path, federation: Federation, start: Start, *, resume:
 
 
 def identity(federation: Federation, start: Start) -> dict[str, Any]:
-    """What must not change in the life of a run: all that decides its weights."""
+    """What must not change in the life of a run: all that decides its weights, and which are the best."""
     plan = federation.plan().model_dump(mode="json")
     strategy = federation.strategy.model_dump(mode="json", exclude=_PATIENCE | _HYPER_PARAMETERS)
     settings = {
         "name": federation.name,
+        "evaluation.metric": federation.evaluation.metric,  # a checkpoint has its values of all rounds
         **{
             f"strategy.{name}": value
             for name, value in {**strategy, **federation.strategy.parameters}.items()

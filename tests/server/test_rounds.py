@@ -683,6 +683,12 @@ def test_a_run_is_never_started_over_another_one(tmp_path: Path) -> None:
         ({"share": {"part": "full"}}, "plan.part was 'heads', is 'full'"),
         ({"strategy": {"weighting": "equal"}}, "strategy.weighting was 'declared', is 'equal'"),
         ({"name": "other"}, "name was 'test', is 'other'"),
+        ({"strategy": {"fraction": 0.5}}, "strategy.fraction was 1.0, is 0.5"),
+        ({"strategy": {"name": "fedadam"}}, "strategy.name was 'fedavg', is 'fedadam'"),
+        (
+            {"evaluation": {"metric": "zero_shot.macro_auroc"}},
+            "evaluation.metric was 'retrieval.image_to_text.r10', is 'zero_shot.macro_auroc'",
+        ),
     ],
 )
 def test_other_settings_are_refused_and_the_difference_is_named(
