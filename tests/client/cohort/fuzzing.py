@@ -121,6 +121,11 @@ def examine(case: Case) -> Verdict:
     )
 
 
+def examine_again(cases: Sequence[Case]) -> list[Verdict]:
+    """Examine all cases three times over in one process; return the last verdict of each time."""
+    return [[examine(case) for case in cases][-1] for _ in range(3)]
+
+
 def _code(outcome: "Candidate | Report | Rejected | Rendered | CohortError") -> str:
     if isinstance(outcome, Rejected):
         return outcome.code.value
