@@ -71,6 +71,11 @@ class Share(Settings):
     keep: tuple[Personal, ...] = ()
     wire: Wire = "fp32"
 
+    @property
+    def moves_by_turns(self) -> bool:
+        """Whether a round trains some of the shared weights only."""
+        return self.part == "lora" and self.lora_train == "alternating"
+
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
         if self.part == "prompts" and self.keep:
@@ -482,6 +487,11 @@ class Federation(Settings):
         self.strategy.require_training(
             optimizer=self.training.optimizer, schedule=self.training.schedule, epochs=self.training.epochs
         )
+        if self.strategy.name in ("scaffold", "feddyn") and self.share.moves_by_turns:
+            raise ValueError(
+                f"strategy {self.strategy.name!r} remembers how a site moved every weight, and LoRA factors "
+                "that are trained by turns stand still in between: set share.lora-train = 'b'"
+            )
         if self.evaluation.stop_after and self.evaluation.data is None and self.simulation is None:
             raise ValueError("evaluation.stop-after needs evaluations: name public data in evaluation.data")
         if "public" in self.anchor_sources and self.public_start is None:

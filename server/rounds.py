@@ -12,7 +12,7 @@ from privacy.banks import PrototypeBank
 from server import checkpoints
 from server.anchors import ANCHORS_FILE, AnchorBook
 from server.checkpoints import Best, Checkpoint
-from server.errors import QuorumError
+from server.errors import QuorumError, RunError
 from server.exchange import Exchange, Outcome, Question, Rules
 from server.federation import Federation
 from server.identity import Start, facts, identity, resume_point
@@ -26,8 +26,10 @@ from server.roster import Roster, Site
 from server.selection import select
 from strategies.in_process import InProcessGrid
 from strategies.messages import Arrays, RefusalCode, ReleaseFacts, TrainRequest
+from strategies.rules.rule import CannotCombine
 from strategies.share import released
 from strategies.strategy import Strategy, strategy_of
+from strategies.variates import VariatesLost
 
 __all__ = ["Evaluate", "Start", "run_rounds"]
 
@@ -67,6 +69,7 @@ def run_rounds(
         QuorumError: fewer sites than ``strategy.min-sites`` were ready, or released however often the round
             was repeated; resuming asks again.
         CheckpointError: the folder holds another run, or it holds this one and ``resume`` is false.
+        RunError: the updates cannot be combined, or what the strategy remembers of a site is lost.
     """
     done = resume_point(run_dir, federation, start, resume=resume)
     with Registry(run_dir / REGISTRY_FILE) as registry:
@@ -80,7 +83,10 @@ def run_rounds(
             registry=registry,
             values={} if done is None else done.manifest["evaluations"],
         )
-        return run.go(done)
+        try:
+            return run.go(done)
+        except (CannotCombine, VariatesLost) as error:
+            raise RunError(str(error)) from error
 
 
 class _Run:

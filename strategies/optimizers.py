@@ -1,7 +1,8 @@
 """How the combined update moves the global weights: the coordinator's optimizer.
 
 The combined update takes the place of a negative gradient. All of it is post-processing of releases. Moments
-are kept in float32 and every step is computed in float64.
+are kept in float32 and every step is computed in float64. A round may hold some of the arrays only (LoRA
+factors by turns): each array's moments know its own rounds alone.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from strategies.messages import Arrays
 from strategies.rules.spill import Piece, fitted
 
 Values = NDArray[np.float64]
-_STEPS = "steps"
+_STEPS = "steps/"
 
 
 class ServerOptimizer(Protocol):
@@ -66,8 +67,8 @@ class Momentum:
 
     def step(self, base: Arrays, update: Arrays) -> Arrays:
         """The base plus the scaled velocity."""
-        velocity = self._velocity or _zeros(base)
-        self._velocity = fitted(
+        velocity = {**_zeros(base), **self._velocity}
+        self._velocity |= fitted(
             base, lambda at: self._momentum * _double(at, velocity) + _double(at, update), what="the velocity"
         )
         return _moved(update, lambda at: _double(at, base) + self._rate * _double(at, self._velocity))
@@ -104,12 +105,12 @@ class _Adaptive(ABC):
         self._rate, self._beta_1, self._beta_2, self._tau = rate, beta_1, beta_2, tau
         self._mean: Arrays = {}
         self._square: Arrays = {}
-        self._steps = 0
+        self._steps: dict[str, int] = {}
 
     def step(self, base: Arrays, update: Arrays) -> Arrays:
         """The base plus the adapted step."""
-        mean, square = self._mean or _zeros(base), self._square or _zeros(base)
-        steps = self._steps + 1
+        mean, square = {**_zeros(base), **self._mean}, {**_zeros(base), **self._square}
+        steps = {name: self._steps.get(name, 0) + 1 for name in base}
 
         def mean_at(at: Piece) -> Values:
             return self._beta_1 * _double(at, mean) + (1 - self._beta_1) * _double(at, update)
@@ -119,32 +120,32 @@ class _Adaptive(ABC):
 
         new_mean = fitted(base, mean_at, what="the optimizer's mean")
         new_square = fitted(base, square_at, what="the optimizer's square")
-        rate = self._rate * self._correction(steps)
 
         def moved(at: Piece) -> Values:
             root = np.sqrt(_double(at, new_square))
+            rate = self._rate * self._correction(steps[at.name])
             return np.asarray(_double(at, base) + rate * _double(at, new_mean) / (root + self._tau))
 
-        self._mean, self._square, self._steps = new_mean, new_square, steps
+        self._mean |= new_mean
+        self._square |= new_square
+        self._steps |= steps
         return _moved(update, moved)
 
     def state(self) -> Arrays:
-        """Both moments and the number of steps."""
-        if not self._steps:
-            return {}
+        """Both moments and the number of steps, by array."""
         return {
             **{f"{self._MEAN}{name}": value for name, value in self._mean.items()},
             **{f"{self._SQUARE}{name}": value for name, value in self._square.items()},
-            _STEPS: np.array(self._steps),
+            **{f"{_STEPS}{name}": np.array(steps) for name, steps in self._steps.items()},
         }
 
     def restore(self, state: Arrays) -> None:
         """Go on with these moments."""
-        self._mean, self._square = (
+        self._mean, self._square, steps = (
             {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-            for start in (self._MEAN, self._SQUARE)
+            for start in (self._MEAN, self._SQUARE, _STEPS)
         )
-        self._steps = int(state[_STEPS]) if state else 0
+        self._steps = {name: int(value) for name, value in steps.items()}
 
     @abstractmethod
     def _squared(self, square: Values, squared_update: Values) -> Values:

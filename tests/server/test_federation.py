@@ -264,3 +264,37 @@ def test_at_least_one_checkpoint_is_kept(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).checkpoints.keep == 3
     with pytest.raises(SettingsError, match=r"checkpoints\.keep: .*greater than or equal to 1"):
         load(tmp_path, MINIMAL + "[checkpoints]\nkeep = 0\n")
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn"])
+def test_what_remembers_every_weight_of_a_site_does_not_go_with_factors_by_turns(name: str) -> None:
+    changes = {
+        "strategy": {"name": name},
+        "training": {"optimizer": "sgd"},
+        "privacy": {"mode": "none"},
+        "objective": {"name": "infonce"},
+    }
+    with pytest.raises(SettingsError, match=f"strategy '{name}' remembers .* set share.lora-train = 'b'"):
+        Federation.parse({"version": 1, "name": "a", "share": {"part": "lora"}, **changes}, source="test")
+    share = {"part": "lora", "lora-train": "b"}
+    Federation.parse({"version": 1, "name": "a", "share": share, **changes}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ({"part": "prompts", "keep": ["norms"]}, "prompts are neither norms nor heads: remove share.keep"),
+        ({"part": "heads", "keep": ["heads"]}, "leaves nothing to share"),
+    ],
+)
+def test_a_share_of_which_nothing_is_left_is_refused(share: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Federation.parse(
+            {"version": 1, "name": "a", "privacy": {"epsilon": 8.0}, "share": share}, source="test"
+        )
+
+
+def test_prototypes_are_private_anchors_or_none() -> None:
+    document = {"version": 1, "name": "a", "prototypes": {}, "privacy": {"mode": "none"}}
+    with pytest.raises(SettingsError, match="prototypes are anchors that are released with privacy"):
+        Federation.parse({**document, "objective": {"name": "infonce"}}, source="test")

@@ -107,3 +107,27 @@ def test_a_failed_step_leaves_an_adaptive_optimizer_as_it_was() -> None:
     with pytest.raises(CannotCombine, match="the optimizer's square does not fit"):
         optimizer.step(one(0.0), one(1e30))
     assert optimizer.state() == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Momentum(rate=1.0, momentum=0.9),
+        lambda: FedAdam(rate=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3),
+        lambda: FedYogi(rate=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3),
+        lambda: FedAdagrad(rate=0.1, tau=1e-3),
+    ],
+)
+def test_arrays_that_move_by_turns_move_as_if_each_were_alone(make: Callable[[], ServerOptimizer]) -> None:
+    rng = np.random.default_rng(0)
+    base = {name: rng.standard_normal(3).astype(np.float32) for name in "ab"}
+    updates = [{"ab"[turn % 2]: rng.standard_normal(3).astype(np.float32)} for turn in range(6)]
+    together, alone = make(), {name: make() for name in "ab"}
+    for update in updates:
+        (name,) = update
+        expected = alone[name].step({name: base[name]}, {name: update[name].copy()})
+        again = make()
+        again.restore(together.state())
+        together = again
+        moved = together.step({name: base[name]}, {name: update[name].copy()})
+        assert np.array_equal(moved[name], expected[name])
