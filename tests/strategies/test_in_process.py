@@ -1,4 +1,5 @@
 import gc
+import io
 import logging
 import weakref
 from collections.abc import Callable
@@ -235,3 +236,59 @@ def test_flower_s_own_strategies_can_use_the_grid() -> None:
     message = where.create_message(content(), "train", 1, "1", ttl=5.0)
     assert (message.metadata.run_id, message.metadata.ttl) == (where.run.run_id, 5.0)
     assert len(list(where.send_and_receive([message], timeout=0.0))) == 1
+
+
+def reply_of(array: Array) -> Array:
+    def work(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord({"w": array})}), reply_to=message)
+
+    return ask(grid(work)).content["arrays"]["w"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.array(3, dtype=np.float32),
+        np.zeros((0, 3), dtype=np.int64),
+        np.asfortranarray(np.arange(6, dtype=np.uint8).reshape(2, 3)),
+        np.arange(8, dtype=">i4")[::2],
+    ],
+)
+def test_a_reply_reads_as_flower_reads_it(values: np.ndarray) -> None:
+    read = reply_of(Array(values)).numpy()
+    assert (read.dtype, read.shape) == (values.dtype, values.shape)
+    assert np.array_equal(read, values)
+
+
+def test_a_reply_is_read_where_it_lies_and_cannot_be_changed() -> None:
+    sent = Array(np.arange(100, dtype=np.float32))
+    reply = reply_of(sent)
+    read = reply.numpy()
+    assert np.shares_memory(read, np.frombuffer(sent.data, dtype=np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        read[0] = 1
+    assert reply == sent == reply
+    assert reply != Array(np.zeros(100, dtype=np.float32))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"no array", Array(np.ones(9)).data[:-1]])
+def test_bytes_that_are_no_array_are_refused_as_flower_does(data: bytes) -> None:
+    broken = Array(dtype="float64", shape=(9,), stype="numpy.ndarray", data=data)
+    with pytest.raises((ValueError, EOFError)):
+        broken.numpy()
+    with pytest.raises((ValueError, EOFError)):
+        reply_of(broken).numpy()
+
+
+def test_a_reply_of_another_kind_is_left_to_flower() -> None:
+    with pytest.raises(TypeError, match="Unsupported serialization type"):
+        reply_of(Array(dtype="float64", shape=(1,), stype="odd", data=b"")).numpy()
+
+
+def test_objects_are_never_unpickled() -> None:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|O", "fortran_order": False, "shape": (1,)})
+    odd = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=buffer.getvalue() + b"x" * 8)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        reply_of(odd).numpy()
