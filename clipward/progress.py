@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipward.summary import epsilon_text
-from server.metrics import Event
+from server.metrics import RELEASED, Event
 
 
 class ProgressDisplay:
@@ -74,6 +74,7 @@ class ProgressDisplay:
         )
         facts = Table.grid(padding=(0, 2))
         facts.add_row(Text("sites", style="dim"), Text(state.sites_line()))
+        facts.add_row(Text("traffic", style="dim"), Text(state.traffic_line()))
         facts.add_row(Text("privacy", style="dim"), Text(state.privacy_line()))
         facts.add_row(Text("evaluation", style="dim"), Text(state.evaluation))
         return Group(bar, facts)
@@ -91,6 +92,7 @@ class _State:
         self._asked = 0
         self._replied: set[str] = set()
         self._refused: set[str] = set()
+        self._up = self._down = 0
         self._spent: dict[str, float] = {}
         self._budgets: dict[str, float] = {}
 
@@ -103,8 +105,12 @@ class _State:
                 self.finished = done
             case {"kind": "round_started", "sites": sites}:
                 self._asked, self._replied, self._refused = len(sites), set(), set()
-            case {"kind": "site_replied", "site": site}:
-                self._replied.add(site)
+                self._up = self._down = 0
+            case {"kind": kind, "site": site} if kind in RELEASED:
+                self._up += event.get("bytes_up") or 0
+                self._down += event.get("bytes_down") or 0
+                if kind == "site_replied":
+                    self._replied.add(site)
                 if event.get("epsilon") is not None:
                     self._spent[site] = max(event["epsilon"], self._spent.get(site, 0.0))
                 if event.get("epsilon_max") is not None:
@@ -117,6 +123,9 @@ class _State:
     def sites_line(self) -> str:
         refused = f", {len(self._refused)} refused" if self._refused else ""
         return f"{len(self._replied)} of {self._asked} replied{refused}"
+
+    def traffic_line(self) -> str:
+        return f"{decimal(self._up)} up, {decimal(self._down)} down in this round"
 
     def privacy_line(self) -> str:
         if not self._private:
@@ -153,6 +162,12 @@ def describe(event: Event, *, rounds: int | None = None) -> str:
         case {"kind": "round_finished", "round": number}:
             seconds = sum(value or 0 for value in event["seconds"].values())
             return f"round {number}{of}: finished in {seconds:.1f} s"
+        case {"kind": "prototypes_made", "round": number, "sites": sites, "used": used, "concepts": concepts}:
+            own = ", ".join(f"{count} of {concepts} by {side}" for side, count in used.items())
+            return f"round {number}{of}: prototypes of {_count_of(sites)}, {own}"
+        case {"kind": kind, "round": number, "reason": reason}:
+            who = f"{event['site']} " if "site" in event else ""
+            return f"round {number}{of}: {who}{str(kind).removeprefix('site_').replace('_', ' ')}: {reason}"
         case {"kind": "run_finished", "rounds": number, "seconds": seconds}:
             return f"finished {number} rounds in {timedelta(seconds=round(seconds))}"
         case {"kind": kind}:
@@ -161,7 +176,11 @@ def describe(event: Event, *, rounds: int | None = None) -> str:
 
 
 def _count(sites: Sequence[str]) -> str:
-    return "1 site" if len(sites) == 1 else f"{len(sites)} sites"
+    return _count_of(len(sites))
+
+
+def _count_of(sites: int) -> str:
+    return "1 site" if sites == 1 else f"{sites} sites"
 
 
 def _promise(event: Event) -> str:

@@ -19,7 +19,7 @@ from client.app import site_folders
 from client.cohort import Cohort
 from client.cohort.salt import SALT_FILE
 from client.cohort.tables import read_table
-from client.site import SITE_FILE, Site
+from client.site import PINS_FILE, SITE_FILE, Site
 from clipward.backends import run_in_process, run_on_ray
 from clipward.heterogeneity import SITE, cut_table, pool, require_known, site_names
 from clipward.public_start import Progress, evaluation_set, prepare_start
@@ -78,13 +78,19 @@ def simulate(
         on_progress: Told of the work before the first round.
 
     Raises:
-        SettingsError: no ``simulation`` table, or no site where it points.
+        SettingsError: no ``simulation`` table, no site where it points, or secure aggregation on Ray.
         CohortError: a site's or the public data cannot be used.
         RunError: the run cannot start or go on.
     """
+    if federation.secure_aggregation is not None and backend == "ray":
+        raise SettingsError(
+            "on Ray a site answers each message in another process, and a secure sum needs what it kept in "
+            "memory: use the in-process backend, or remove secure-aggregation"
+        )
     run_dir = runs / federation.name
     prepared = prepare_start(federation, cache=runs / STARTS, on_progress=on_progress)
     folders = prepare_sites(federation, run_dir)
+    federation = with_keys(federation, folders)
     held_out = _held_out(folders, on_progress)
     measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out else None
 
@@ -118,7 +124,8 @@ def finish(
         prepared: Its start.
         compare: Evaluations of other models on the same data, by name.
     """
-    checkpoint = checkpoints.load_latest(run_dir)
+    stops = federation.evaluation.stop_after > 0  # then the last rounds were no better than the best
+    checkpoint = (checkpoints.load_best(run_dir) if stops else None) or checkpoints.load_latest(run_dir)
     if checkpoint is not None:
         part = part_of(federation, prepared.bundle)
         part.load({**part.arrays(), **checkpoint.arrays})
@@ -148,6 +155,31 @@ def prepare_sites(federation: Federation, run_dir: Path) -> list[Path]:
         return folders
     pooled = simulation.model_copy(update={"by": "site"})
     return _cut(pool(folders, run_dir / "pool"), pooled, run_dir / "sites")
+
+
+def with_keys(federation: Federation, folders: Sequence[Path]) -> Federation:
+    """The federation with its sites' public keys, which every site is given too; made where there is none.
+
+    Nothing is done without secure aggregation, or where the file names the keys: the sites then hold pins of
+    their own.
+
+    Raises:
+        SettingsError: the threshold is none for so many sites.
+    """
+    secure = federation.secure_aggregation
+    if secure is None or secure.sites:
+        return federation
+    sites = [Site.open(folder) for folder in folders]
+    keys = {site.name: site.key().public for site in sites}
+    for site in sites:
+        pins = tomli_w.dumps({"pins": keys})
+        write_text(site.folder / PINS_FILE, f"# Made for a simulation.\n{pins}")
+    secure = secure.model_copy(update={"sites": keys})
+    try:
+        secure.require_fit(federation.strategy, federation.share)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return federation.model_copy(update={"secure_aggregation": secure})
 
 
 def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:

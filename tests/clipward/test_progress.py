@@ -126,3 +126,28 @@ def test_a_replayed_past_is_known_but_not_shown_again() -> None:
         assert output.getvalue() == ""
         display(event("round_started", round=2, sites=["a"]))
     assert output.getvalue() == "round 2 of 2: asking 1 site\n"
+
+
+def test_an_event_with_a_reason_says_it() -> None:
+    retried = event("site_retried", round=2, site="north", attempt=2, reason="its answer was lost")
+    assert describe(retried, rounds=5) == "round 2 of 5: north retried: its answer was lost"
+    stopped = event("stopped_early", round=4, reason="3 evaluations were no better")
+    assert describe(stopped) == "round 4: stopped early: 3 evaluations were no better"
+
+
+def test_prototypes_say_how_many_concepts_have_a_direction_of_their_own() -> None:
+    made = event(
+        "prototypes_made", round=1, sites=3, concepts=14, used={"image": 5, "text": 2}, least_count=9.0
+    )
+    assert describe(made) == "round 1: prototypes of 3 sites, 5 of 14 by image, 2 of 14 by text"
+
+
+def test_a_terminal_counts_the_bytes_of_a_round() -> None:
+    console = terminal()
+    with ProgressDisplay(console) as display:
+        for number in (1, 2):
+            display(event("round_started", round=number, sites=["a", "b"]))
+            display(event("prototypes_replied", round=number, site="a", bytes_up=500, bytes_down=1_000))
+            display(event("site_replied", round=number, site="a", bytes_up=1_500, bytes_down=1_000))
+    assert "2.0 kB up, 2.0 kB down in this round" in shown(console)
+    assert "1 of 2 replied" in shown(console)
