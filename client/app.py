@@ -13,31 +13,34 @@ from uuid import uuid4
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.answers import answer_hello, answer_install, answer_train
+from client.answers import answer_hello, answer_install
 from client.errors import Refused
 from client.journal import LOG_FILE, write_refusal
-from client.policy import check_release
+from client.secure import answer_agree, answer_deal, answer_mask, answer_request, answer_unmask
 from client.site import SITE_FILE, Site
 from privacy.errors import LedgerError
 from strategies.messages import (
+    Agree,
+    Deal,
     Hello,
-    Installed,
+    Mask,
     MessageError,
     PublicBundle,
     Refusal,
     RefusalCode,
-    Release,
-    SiteFacts,
+    Said,
     TrainRequest,
+    Unmask,
     decode,
     encode,
     require,
 )
+from strategies.secure_sum.errors import OutOfRange, SecureSumError, TermsRefused
 from strategies.settings import SettingsError
 
 logger = logging.getLogger(f"clipward.{__name__}")
 UNKNOWN = "unknown"  # a site whose settings cannot be read
-T = TypeVar("T", Hello, PublicBundle, TrainRequest)
+T = TypeVar("T", Hello, PublicBundle, TrainRequest, Deal, Mask, Agree, Unmask)
 
 app = ClientApp()
 
@@ -57,7 +60,31 @@ def install(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train for one round."""
-    return _answered(message, context, TrainRequest, answer_train)
+    return _answered(message, context, TrainRequest, answer_request)
+
+
+@app.query("deal")
+def deal(message: Message, context: Context) -> Message:
+    """Begin to hide the release in a sum."""
+    return _answered(message, context, Deal, answer_deal)
+
+
+@app.query("mask")
+def mask(message: Message, context: Context) -> Message:
+    """Send the release under masks."""
+    return _answered(message, context, Mask, answer_mask)
+
+
+@app.query("consent")
+def consent(message: Message, context: Context) -> Message:
+    """Agree to the sum."""
+    return _answered(message, context, Agree, answer_agree)
+
+
+@app.query("reveal")
+def reveal(message: Message, context: Context) -> Message:
+    """Unmask the sum."""
+    return _answered(message, context, Unmask, answer_unmask)
 
 
 def site_folder(context: Context) -> Path:
@@ -90,15 +117,14 @@ def _answered(
     message: Message,
     context: Context,
     expected: type[T],
-    answer: Callable[[Site, T], SiteFacts | Installed | Release],
+    answer: Callable[[Site, T], Said],
 ) -> Message:
     folder, name = None, UNKNOWN
     try:
         folder = site_folder(context)
         site = Site.open(folder)
         name = site.name
-        said = answer(site, require(decode(message.content), expected))
-        content = encode(check_release(site, said) if isinstance(said, Release) else said)
+        content = encode(answer(site, require(decode(message.content), expected)))
     except Exception as error:
         refusal = _refusal(folder, name, error)
     else:
@@ -111,7 +137,9 @@ def _refusal(folder: Path | None, name: str, cause: Exception) -> Refusal:
     match cause:
         case Refused(code=code):
             pass
-        case MessageError():
+        case TermsRefused() | OutOfRange():
+            code = RefusalCode.POLICY
+        case MessageError() | SecureSumError():
             code = RefusalCode.MESSAGE
         case LedgerError():
             code = RefusalCode.LEDGER

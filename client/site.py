@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,9 @@ from strategies.settings import PairSource, Settings, SettingsError
 
 SITE_FILE = "site.toml"
 LEDGER_FILE = "ledger.sqlite"
+PINS_FILE = "pins.toml"
 INCOMING = "incoming"
+Pins = dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 EngineName = Literal["book-keeping", "hooks", "vmap"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -111,6 +113,28 @@ class Testing(Settings):
     insecure_noise_seed: int | None = Field(default=None, ge=0)
 
 
+class SecureAggregation(Settings):
+    """What the site asks of a sum in which its update is hidden among others.
+
+    Attributes:
+        pins: Public key (``site.pub``) of every site that may take part, by name. They have to come from
+            these sites themselves: whoever chooses them reads the updates. Those of ``pins.toml`` beside this
+            file, which a simulation writes, are added.
+        at_least: Smallest threshold it takes part under.
+        required: Whether to refuse whatever is not masked.
+    """
+
+    pins: Pins = Field(default_factory=dict)
+    at_least: int = Field(default=2, ge=2)
+    required: bool = False
+
+
+class PinFile(Settings):
+    """``pins.toml``: more pins, such as those a simulation writes."""
+
+    pins: Pins
+
+
 class SiteSettings(Settings):
     """The hospital's file. Relative paths are relative to its folder."""
 
@@ -119,6 +143,7 @@ class SiteSettings(Settings):
     cohort: CohortTable
     policy: Policy = Policy()
     device: Device = Device()
+    secure_aggregation: SecureAggregation = SecureAggregation()
     testing: Testing = Testing()
 
 
@@ -200,6 +225,16 @@ class Site:
             salt=source.salt or open_or_make_salt(self.folder, cohort=self.cohort_folder),
         )
 
+    def pins(self) -> dict[str, str]:
+        """Public keys of the sites it may be summed with.
+
+        Raises:
+            SettingsError: ``pins.toml`` holds something else.
+        """
+        own, file = self.settings.secure_aggregation, self.folder / PINS_FILE
+        kept = PinFile.load(file).pins if file.is_file() else {}
+        return {**kept, **own.pins}
+
     @property
     def cohort_folder(self) -> Path:
         """Where the cohort is packed."""
@@ -213,9 +248,16 @@ class Site:
         Raises:
             LedgerError: the ledger or its key cannot be used; the text says why and what to do.
         """
+        return Ledger.open(key=self.key(), **self._budget())
+
+    def key(self) -> SiteKey:
+        """The site's key, made where there is neither key nor ledger.
+
+        Raises:
+            KeyUnusable: it cannot be used, or was lost.
+        """
         make = not (self.folder / LEDGER_FILE).exists()
-        key = SiteKey.open_or_make(self.folder) if make else SiteKey.open(self.folder)
-        return Ledger.open(key=key, **self._budget())
+        return SiteKey.open_or_make(self.folder) if make else SiteKey.open(self.folder)
 
     def unread_ledger(self) -> Ledger:
         """The ledger without a look at its rows, for those who examine them.

@@ -1,4 +1,4 @@
-"""The site's signature: Ed25519 over the number and hash of a ledger's row, and the anchors it makes."""
+"""The site's signature: Ed25519 over a ledger's row or another statement, and the anchors it makes."""
 
 import os
 import re
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from privacy.errors import KeyUnusable
 
 KEY_FILE, PUBLIC_FILE = "site.key", "site.pub"
+_LEDGER = b"clipward ledger "
 _REMEDY = (
     f"restore {KEY_FILE} from the site's back-up; if it is lost for good, 'clipward budget sign SITE' makes "
     "a new one that vouches for the ledger as it is, which every coordinator notices and has to accept"
@@ -81,6 +82,19 @@ class SiteKey:
             raise KeyUnusable(f"{KEY_FILE} is missing, so nothing can be charged: {_REMEDY}")
         return self._private.sign(_statement(seq, digest)).hex()
 
+    def vouch(self, statement: bytes) -> bytes:
+        """Signature of a statement of another kind, which says itself what it is for.
+
+        Raises:
+            KeyUnusable: only the public half is here.
+            ValueError: it reads as a row of a ledger, which `sign` alone may say.
+        """
+        if statement.startswith(_LEDGER):
+            raise ValueError(f"a statement that starts with {_LEDGER.decode()!r} is a ledger's: sign the row")
+        if self._private is None:
+            raise KeyUnusable(f"{KEY_FILE} is missing, so nothing can be signed: {_REMEDY}")
+        return self._private.sign(statement)
+
     @classmethod
     def _read(cls, path: Path) -> Self:
         if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
@@ -140,7 +154,7 @@ def is_signed(seq: int, digest: str, signature: str, *, key: str) -> bool:
 
 def _statement(seq: int, digest: str) -> bytes:
     """What is signed: named, so that no signature made for another purpose can stand in for it."""
-    return f"clipward ledger row {seq} {digest}".encode()
+    return _LEDGER + f"row {seq} {digest}".encode()
 
 
 def _is_hex(text: str, digits: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server.errors import RunError
 from server.federation import Federation
 from server.metrics import RunLog
 from server.rounds import Evaluate, Start, run_rounds
@@ -27,6 +28,11 @@ def main(grid: Grid, context: Context) -> None:
     """
     stay_offline()
     federation = Federation.load(Path(str(context.run_config["federation"])).absolute())
+    if federation.secure_aggregation is not None:
+        raise RunError(
+            "Flower answers each message in a new process of a site, and a secure sum needs what it kept in "
+            "memory: run 'clipward simulate', or remove secure-aggregation from the federation file"
+        )
     run_dir = Path(str(context.run_config["run-dir"]) or f"runs/{federation.name}")
     from server.start import (  # imports torch, which Flower's checks do without
         STARTS,

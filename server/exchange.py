@@ -21,6 +21,7 @@ from strategies.messages import (
     TRAIN,
     Arrays,
     MessageError,
+    Ready,
     Refusal,
     RefusalCode,
     Release,
@@ -30,6 +31,8 @@ from strategies.messages import (
     bytes_of,
     encode,
 )
+from strategies.secure_sum.coordinator import SecureSum
+from strategies.secure_sum.errors import SecureSumError
 from strategies.share import wire_of
 from strategies.wire import unpack
 
@@ -113,11 +116,13 @@ class Question:
         request: The same for all, but for each one's own anchor and correction.
         folding: Takes the updates.
         like: Arrays of the names and shapes of an update.
+        secure: Takes the sites' keys; their updates then follow under masks. Null: they come as they are.
     """
 
     request: TrainRequest
     folding: Folding
     like: Arrays
+    secure: SecureSum | None = None
 
     @cached_property
     def content(self) -> RecordDict:
@@ -280,27 +285,35 @@ class Exchange:
         if ask.message_id is None:
             self._registry.answered(ask.row, outcome=UNREACHABLE)
             return refusal(RefusalCode.FAILED)
-        reply, deadline = self._await(ask.message_id, _deadline(request)), _deadline(request)
+        reply, deadline = awaited(self._grid, ask.message_id, _deadline(request)), _deadline(request)
         if reply is None or (time.time() > deadline and reply.metadata.created_at > deadline):
             return self._too_late(reply, site, ask, question)
-        said: _Folded | Release | Refusal = accepted(read(reply), site.name, request, self._anchors)
+        said: _Folded | Refusal = self._taken(reply, site, question)
         del reply
-        if isinstance(said, Release):
-            said = self._fold(said, question)
         if isinstance(said, Refusal):
             self._registry.answered(ask.row, outcome=said.code)
         else:
             self._registry.answered(ask.row, outcome=RELEASED, bytes_up=said.bytes_up)
         return said
 
-    def _await(self, message_id: str, deadline: float) -> Message | None:
-        """The reply; None when it is not there at the deadline."""
-        while True:
-            for reply in self._grid.pull_messages([message_id]):
-                return reply
-            if (left := deadline - time.time()) <= 0:
-                return None
-            time.sleep(min(POLL_SECONDS, left))
+    def _taken(self, reply: Message, site: Site, question: Question) -> _Folded | Refusal:
+        """What a reply in time says, folded in; or the keys with which its update will be masked."""
+        request, secure = question.request, question.secure
+        if secure is None:
+            release = accepted(read(reply), site.name, request, self._anchors, expected=Release)
+            return release if isinstance(release, Refusal) else self._fold(release, question)
+        ready = accepted(read(reply), site.name, request, self._anchors, expected=Ready)
+        if isinstance(ready, Refusal):
+            return ready
+        if ready.offer.site != site.name:
+            logger.warning("round %d: %s offers another's keys", request.server_round, site.name)
+            return refusal(RefusalCode.MESSAGE)
+        try:
+            secure.take_offer(ready.offer)
+        except SecureSumError as error:
+            logger.warning("round %d: keys of %s not used: %.200s", request.server_round, site.name, error)
+            return refusal(RefusalCode.MESSAGE)
+        return _Folded(facts=ready.facts, bytes_up=0, seconds=0.0)
 
     def _too_late(self, reply: Message | None, site: Site, ask: _Ask, question: Question) -> Refusal:
         request, stale = question.request, question.takes_late and self._rules.late == "stale"
@@ -356,6 +369,16 @@ class Exchange:
                 )
             done.append(late.path.name)
         return done
+
+
+def awaited(grid: Grid, message_id: str, deadline: float) -> Message | None:
+    """The reply to a message; None when it is not there at the deadline."""
+    while True:
+        for reply in grid.pull_messages([message_id]):
+            return reply
+        if (left := deadline - time.time()) <= 0:
+            return None
+        time.sleep(min(POLL_SECONDS, left))
 
 
 def _deadline(request: TrainRequest) -> float:

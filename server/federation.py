@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,8 +18,10 @@ from strategies.messages import (
 )
 from strategies.messages import Objective as ObjectiveName
 from strategies.settings import PairSource, Settings
-from strategies.strategy import StrategySettings
+from strategies.strategy import SUMMED, StrategySettings
 from tasks.prompts import PROMPTS
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ModelSettings(Settings):
@@ -302,6 +304,65 @@ class Strategy(StrategySettings):
         return min(ready, max(self.min_sites, share if self.target_sites is None else self.target_sites))
 
 
+class SecureAggregation(Settings):
+    """Updates are summed under masks, so that the coordinator learns none by itself.
+
+    Attributes:
+        threshold: Fewest sites of a sum, and how many it takes to unmask one; without it, the smallest safe
+            one: more than half of the sites asked, and at least ``strategy.min-sites``.
+        value_range: Largest magnitude of a value in an update; one beyond it is refused by its site.
+        step_seconds: Longest wait for one of the four steps after the training.
+        sites: Public key of each site (its ``site.pub``). A simulation reads them from its sites' folders.
+    """
+
+    threshold: int | None = Field(default=None, ge=2)
+    value_range: float = Field(default=1.0, ge=2**-32, le=2**32)
+    step_seconds: float = Field(default=300.0, gt=0)
+    sites: dict[str, PublicKey] = Field(default_factory=dict)
+
+    @staticmethod
+    def least_threshold(asked: int, min_sites: int) -> int:
+        """The smallest that is safe among so many sites."""
+        return max(2, min_sites, asked // 2 + 1)
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> Self:
+        if len(set(self.sites.values())) < len(self.sites):
+            raise ValueError("two sites have one key: ask each for its own site.pub")
+        return self
+
+    def require_fit(self, strategy: Strategy, share: Share) -> None:
+        """Refuse settings of which no sum can be made.
+
+        Raises:
+            ValueError: naming the setting and the remedy.
+        """
+        if not strategy.is_sum:
+            raise ValueError(
+                f"strategy {strategy.name!r} looks at single updates, and secure-aggregation hides them: "
+                f"name one of {', '.join(sorted(SUMMED))}"
+            )
+        if share.wire != "fp32":
+            raise ValueError(f"share.wire {share.wire!r} cannot be summed under masks: with them, 'fp32'")
+        if strategy.late != "drop":
+            raise ValueError(
+                "a late update fits under no other round's masks: strategy.late has to be 'drop'"
+            )
+        if self.threshold is None:
+            return
+        if self.threshold < strategy.min_sites:
+            raise ValueError(
+                f"secure-aggregation.threshold = {self.threshold} lets a sum be of fewer than min-sites = "
+                f"{strategy.min_sites}: raise it"
+            )
+        asked = strategy.asked_of(len(self.sites))
+        if self.sites and not asked // 2 < self.threshold <= asked:
+            raise ValueError(
+                f"secure-aggregation.threshold = {self.threshold} has to be more than half of the {asked} "
+                "sites that a round asks, and at most all of them"
+            )
+
+
 Metric = Literal[
     "retrieval.image_to_text.r1",
     "retrieval.image_to_text.r5",
@@ -467,6 +528,7 @@ class Federation(Settings):
     privacy: Privacy
     training: Training = Training()
     strategy: Strategy = Strategy()
+    secure_aggregation: SecureAggregation | None = None
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     simulation: Simulation | None = None
@@ -492,6 +554,8 @@ class Federation(Settings):
                 f"strategy {self.strategy.name!r} remembers how a site moved every weight, and LoRA factors "
                 "that are trained by turns stand still in between: set share.lora-train = 'b'"
             )
+        if self.secure_aggregation is not None:
+            self._require_secure_sums(self.secure_aggregation)
         if self.evaluation.stop_after and self.evaluation.data is None and self.simulation is None:
             raise ValueError("evaluation.stop-after needs evaluations: name public data in evaluation.data")
         if "public" in self.anchor_sources and self.public_start is None:
@@ -515,6 +579,13 @@ class Federation(Settings):
         if self.privacy.mode == "dp" and self.training.keep_optimizer:
             raise ValueError("training.keep-optimizer is only for privacy.mode = 'none'")
         return self
+
+    def _require_secure_sums(self, secure: SecureAggregation) -> None:
+        secure.require_fit(self.strategy, self.share)
+        if self.prototypes is not None:
+            raise ValueError("prototypes would leave every site unmasked: remove one of the two tables")
+        if not secure.sites and self.simulation is None:
+            raise ValueError("secure-aggregation.sites has to name every site's public key (site.pub)")
 
     @property
     def anchor_sources(self) -> tuple[AnchorSource, ...]:

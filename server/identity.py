@@ -76,6 +76,8 @@ def identity(federation: Federation, start: Start) -> dict[str, Any]:
         },
         **{f"plan.{name}": value for name, value in plan.items()},
     }
+    if federation.secure_aggregation is not None:
+        settings["secure-aggregation.value-range"] = federation.secure_aggregation.value_range
     return {"bundle": start.bundle.digest, "settings": settings}
 
 

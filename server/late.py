@@ -119,7 +119,7 @@ class LateReleases:
 
     def keep(self, reply: Message, site: Site, row: int, request: TrainRequest, *, server_round: int) -> None:
         """Keep the release in a reply that came too late for its round."""
-        said = accepted(read(reply), site.name, request, self._anchors)
+        said = accepted(read(reply), site.name, request, self._anchors, expected=Release)
         if isinstance(said, Refusal):
             self._registry.answered(row, outcome=said.code)
             self._tell_dropped(

@@ -37,6 +37,7 @@ RELEASED = (
     "losses_replied",
     "late_arrived",
 )  # a release cost its site what it cost, used or not
+SENT = (*RELEASED, "site_masked")
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 Event: TypeAlias = dict[str, Any]
@@ -289,6 +290,7 @@ def _site_metrics(events: Sequence[Event]) -> Iterator[Metric]:
     replies = [event for event in events if event["kind"] in RELEASED]
     refusals = [event for event in events if event["kind"] == "site_refused"]
     latest = {event["site"]: event for event in replies}
+    moved = [event for event in events if event["kind"] in SENT]
 
     def now(name: str) -> _Samples:
         return [((site,), event.get(name)) for site, event in latest.items()]
@@ -301,7 +303,7 @@ def _site_metrics(events: Sequence[Event]) -> Iterator[Metric]:
     sent = [
         ((direction, site), total)
         for direction in ("up", "down")
-        for (site,), total in _totals(replies, f"bytes_{direction}")
+        for (site,), total in _totals(moved, f"bytes_{direction}")
     ]
     yield _counter("bytes", "Bytes moved, seen from the site.", sent, labels=("direction", "site"))
     codes = Counter((event["site"], _code(event)) for event in refusals)

@@ -1,21 +1,19 @@
 """What a node's reply says, however it went wrong."""
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message
 
 from server.anchors import AnchorBook, AnchorRefused
 from strategies.messages import (
-    Hello,
-    Installed,
     MessageError,
-    PublicBundle,
+    Ready,
     Refusal,
     RefusalCode,
     Release,
     ReleaseFacts,
-    SiteFacts,
+    Said,
     TrainRequest,
     decode,
     require,
@@ -24,8 +22,7 @@ from strategies.messages import (
 logger = logging.getLogger(f"clipward.{__name__}")
 
 UNKNOWN = "unknown"
-
-Said = Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release
+T = TypeVar("T", Release, Ready)
 
 
 def read(reply: Message) -> Said:
@@ -45,33 +42,36 @@ def refusal(code: RefusalCode) -> Refusal:
     return Refusal(site=UNKNOWN, code=code, incident=UNKNOWN)
 
 
-def accepted(said: Said, site: str, request: TrainRequest, anchors: AnchorBook) -> Release | Refusal:
-    """The release that answers ``request``, once the head of its site's ledger is on the disk.
+def accepted(
+    said: Said, site: str, request: TrainRequest, anchors: AnchorBook, *, expected: type[T]
+) -> T | Refusal:
+    """What answers ``request``, once the head of its site's ledger is on the disk.
 
     Args:
         said: What came back.
         site: Who was asked.
         request: What was asked.
         anchors: Heads of the sites' ledgers; takes the new one.
+        expected: The release itself, or that one is ready for a secure sum.
 
     Returns:
-        The release; or the site's refusal; or one that no site wrote, because what came is no answer to the
-        request, or because its site's ledger is not the one seen before.
+        What was expected; or the site's refusal; or one that no site wrote, because what came is no answer
+        to the request, or because its site's ledger is not the one seen before.
     """
     if isinstance(said, Refusal):
         return said
     try:
-        release = require(said, Release)
-        _require_answer(release.facts, site, request)
-        if release.facts.anchor is not None:
-            anchors.take(site, release.facts.anchor, run=request.run, server_round=request.server_round)
+        answer = require(said, expected)
+        _require_answer(answer.facts, site, request)
+        if answer.facts.anchor is not None:
+            anchors.take(site, answer.facts.anchor, run=request.run, server_round=request.server_round)
     except MessageError as error:
         logger.warning("round %d: reply of %s not used: %.200s", request.server_round, site, error)
         return refusal(RefusalCode.MESSAGE)
     except AnchorRefused as error:
         logger.warning("round %d: release of %s not used: %s", request.server_round, site, error)
         return refusal(RefusalCode.LEDGER)
-    return release
+    return answer
 
 
 def told(facts: ReleaseFacts) -> dict[str, Any]:

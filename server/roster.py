@@ -34,10 +34,12 @@ class Site:
     Attributes:
         name: What it calls itself.
         node_id: Where Flower reaches it.
+        patients: Its declared size.
     """
 
     name: str
     node_id: int
+    patients: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class Roster:
                 "give every site a name of its own in its site.toml"
             )
         self._declined.pop(node_id, None)
-        self._sites[facts.site] = Site(name=facts.site, node_id=node_id)
+        self._sites[facts.site] = Site(name=facts.site, node_id=node_id, patients=facts.patients_declared)
 
     def _decline(self, node_id: int, why: str) -> None:
         logger.warning("node %d does not take part yet: %s", node_id, why)

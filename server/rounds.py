@@ -23,6 +23,7 @@ from server.metrics import RunLog
 from server.prototypes import PROTOTYPES_FOLDER, PrototypeSum, keep
 from server.registry import REGISTRY_FILE, Registry
 from server.roster import Roster, Site
+from server.secure_exchange import SUMS_FOLDER, SecureExchange
 from server.selection import select
 from strategies.in_process import InProcessGrid
 from strategies.messages import Arrays, RefusalCode, ReleaseFacts, TrainRequest
@@ -113,6 +114,7 @@ class _Run:
         self._exchange = Exchange(
             grid, self._rules(), anchors=anchors, registry=registry, late=self._late, log=log
         )
+        self._secure = self._secure_exchange()
         evaluation = federation.evaluation
         self._improvement = Improvement.parse(
             evaluation.metric, stop_after=evaluation.stop_after, values=values
@@ -186,7 +188,7 @@ class _Run:
         self._hear_losses(server_round, base, sites, prototypes)
         request = replace(self._request(server_round, base), prototypes=prototypes)
         question = Question(request=request, folding=self._strategy, like=released(request))
-        outcome = self._exchange.round(question, sites)
+        outcome = (self._secure or self._exchange).round(question, sites)
         self._dismiss(server_round, outcome)
         return outcome
 
@@ -225,6 +227,9 @@ class _Run:
         """Who is asked: a draw from the ready sites; one that is late sits out if others suffice."""
         strategy, engaged = self._federation.strategy, self._late.engaged
         ready = self._roster_of(server_round)
+        bound = self._secure.bound(server_round) if self._secure else None
+        if bound is not None:
+            return [site for site in ready if site.name in bound]
         free = [site for site in ready if site.name not in engaged]
         free = free if len(free) >= strategy.min_sites else ready
         count = strategy.asked_of(len(free))
@@ -264,6 +269,20 @@ class _Run:
             in_turn=self._in_turn,
             late=strategy.late,
             staleness_exponent=strategy.staleness_exponent,
+        )
+
+    def _secure_exchange(self) -> SecureExchange | None:
+        settings, strategy = self._federation.secure_aggregation, self._federation.strategy
+        if settings is None:
+            return None
+        return SecureExchange(
+            self._grid,
+            self._exchange,
+            settings,
+            weighting=strategy.weighting,
+            min_sites=strategy.min_sites,
+            folder=self._run_dir / SUMS_FOLDER,
+            log=self._log,
         )
 
     def _request(self, server_round: int, base: Arrays) -> TrainRequest:

@@ -3,14 +3,24 @@
 Everything that crosses the hospital's wall is a field of a class in this file. Nothing computed from
 patients and not yet clipped and noised (its name would start with ``raw_``) has a field here.
 
-Three exchanges, all started by the coordinator:
+All exchanges are started by the coordinator, and a site may answer each with a `Refusal`:
 
 ==========  =========================  ====================================
 action      request                    reply
 ==========  =========================  ====================================
-hello       `Hello`                    `SiteFacts` or `Refusal`
-install     `PublicBundle`             `Installed` or `Refusal`
-train       `TrainRequest`             `Release` or `Refusal`
+hello       `Hello`                    `SiteFacts`
+install     `PublicBundle`             `Installed`
+train       `TrainRequest`             `Release`
+==========  =========================  ====================================
+
+In a secure sum (`strategies.secure_sum`) the request names its terms, and the release follows in masks:
+
+==========  =========================  ====================================
+train       `TrainRequest` with terms  `Ready`
+deal        `Deal`                     `Dealt`
+mask        `Mask`                     `Masked`
+consent     `Agree`                    `Agreed`
+reveal      `Unmask`                   `Revealed`
 ==========  =========================  ====================================
 """
 
@@ -30,11 +40,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
 from privacy.signing import Anchor
+from strategies.secure_sum.messages import Consent, KeyOffer, Reveal, SealedShare, Terms
 
 MESSAGE_VERSION = 1
 HELLO = "query.hello"
 INSTALL = "query.install"
 TRAIN = "train"
+DEAL, MASK, CONSENT, REVEAL = "query.deal", "query.mask", "query.consent", "query.reveal"
 
 Arrays = dict[str, NDArray[Any]]
 Part = Literal["full", "lora", "heads", "prompts"]
@@ -45,7 +57,7 @@ Phase = Literal["prototypes", "losses", "train"]
 Objective = Literal["anchored", "microbatch", "infonce"]
 OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
-WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "int8")
+WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "uint32", "int8")
 PROTOTYPE_SUMS = "prototype_sums"
 MEAN_LOSS = "mean_loss"
 _DIGEST = "-digest"
@@ -55,6 +67,8 @@ _ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes
 # What a site says about itself reaches logs, metrics and weights: bounded, and of one line.
 Label = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Patients = Annotated[int, Field(ge=1, le=10**9)]
+Session = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+MOST_SITES = 1000
 
 
 class MessageError(ValueError):
@@ -283,6 +297,7 @@ class _TrainFacts(Facts):
     prototypes: dict[str, Any] | None = None
     deadline_unix_seconds: float | None
     anchor: Anchor | None = None
+    secure: Terms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +312,7 @@ class TrainRequest:
         correction: Added to every gradient of the asked site, by names of ``arrays``; see `client.drift`.
         deadline_unix_seconds: A reply later than this is not used; null: no deadline.
         anchor: The last that the coordinator knows of the asked site's ledger; null: none.
+        secure: The terms of the secure sum that the answer is for; null: it may be seen by itself.
     """
 
     run: str
@@ -309,10 +325,11 @@ class TrainRequest:
     correction: Arrays = field(default_factory=dict)
     deadline_unix_seconds: float | None = None
     anchor: Anchor | None = None
+    secure: Terms | None = None
 
     @property
     def digest(self) -> str:
-        """Identity of the request; deadline and anchor are no part of it: asked again, it is the same."""
+        """Identity of the request; deadline, anchor and terms are no part: asked again, it is the same."""
         facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json"), self.phase]
         digests = [digest_of(self.arrays), digest_of(self.correction)]
         if self.prototypes is not None:
@@ -359,9 +376,83 @@ class Release:
     update: Arrays
 
 
-def encode(
-    message: Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release,
-) -> RecordDict:
+class Ready(Facts):
+    """The site has made its release for a secure sum, and keeps it until it is masked."""
+
+    facts: ReleaseFacts
+    offer: KeyOffer
+
+
+class Deal(Facts):
+    """All keys of an attempt: deal shares of your secrets to their owners."""
+
+    session: Session
+    offers: tuple[KeyOffer, ...] = Field(max_length=MOST_SITES)
+
+
+class Dealt(Facts):
+    """Sealed shares, one for each site."""
+
+    site: Label
+    shares: tuple[SealedShare, ...] = Field(max_length=MOST_SITES)
+
+
+class Mask(Facts):
+    """What was dealt to you: send your update under all masks."""
+
+    session: Session
+    shares: tuple[SealedShare, ...] = Field(max_length=MOST_SITES)
+
+
+class _MaskedFacts(Facts):
+    site: Label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    """A site's update in fixed point under all masks, uint32."""
+
+    site: str
+    arrays: Arrays
+
+
+class Agree(Facts):
+    """Whom the sum is of: agree to it."""
+
+    session: Session
+    survivors: tuple[Label, ...] = Field(max_length=MOST_SITES)
+
+
+class Agreed(Facts):
+    """The site agrees to the sum."""
+
+    consent: Consent
+
+
+class Unmask(Facts):
+    """All who agreed: send what unmasks the sum."""
+
+    session: Session
+    consents: tuple[Consent, ...] = Field(max_length=MOST_SITES)
+
+
+class Revealed(Facts):
+    """Shares of what unmasks the sum."""
+
+    reveal: Reveal
+
+
+Said = Facts | PublicBundle | TrainRequest | Release | Masked
+_KINDS: Mapping[str, type[Facts]] = {
+    kind.__name__: kind
+    for kind in (
+        *(Hello, SiteFacts, Installed, Refusal),
+        *(Ready, Deal, Dealt, Mask, Agree, Agreed, Unmask, Revealed),
+    )
+}
+
+
+def encode(message: Said) -> RecordDict:
     """The message as Flower records: one ``facts`` record and, where there are arrays, ``arrays``."""
     if isinstance(message, Facts):
         return _records(type(message).__name__, message.model_dump(mode="json"), {})
@@ -377,6 +468,7 @@ def encode(
             prototypes=None if message.prototypes is None else message.prototypes.facts(),
             deadline_unix_seconds=message.deadline_unix_seconds,
             anchor=message.anchor,
+            secure=message.secure,
         )
         vectors = {} if message.prototypes is None else message.prototypes.arrays()
         return _records(
@@ -386,6 +478,8 @@ def encode(
             correction=message.correction,
             prototypes=vectors,
         )
+    if isinstance(message, Masked):
+        return _records("Masked", _MaskedFacts(site=message.site).model_dump(mode="json"), message.arrays)
     return _records("Release", message.facts.model_dump(mode="json"), message.update)
 
 
@@ -402,9 +496,7 @@ def addressed(
     return RecordDict({**content, "facts": ConfigRecord({**facts, "json": text}), **own})
 
 
-def decode(
-    content: RecordDict,
-) -> Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release:
+def decode(content: RecordDict) -> Said:
     """The message in ``content``.
 
     Raises:
@@ -431,14 +523,9 @@ def decode(
         raise MessageError(f"{kind}: {error}") from None
 
 
-def _build(
-    kind: str, facts: dict[str, Any], arrays: Arrays, others: Mapping[str, Arrays]
-) -> Hello | SiteFacts | Installed | Refusal | PublicBundle | TrainRequest | Release:
-    plain: dict[str, type[Hello] | type[SiteFacts] | type[Installed] | type[Refusal]] = {
-        "Hello": Hello, "SiteFacts": SiteFacts, "Installed": Installed, "Refusal": Refusal,
-    }  # fmt: skip
-    if kind in plain:
-        return plain[kind].model_validate(facts)
+def _build(kind: str, facts: dict[str, Any], arrays: Arrays, others: Mapping[str, Arrays]) -> Said:
+    if kind in _KINDS:
+        return _KINDS[kind].model_validate(facts)
     if kind == "PublicBundle":
         return PublicBundle.parse(facts, arrays)
     if kind == "TrainRequest":
@@ -455,7 +542,10 @@ def _build(
             correction=others["correction"],
             deadline_unix_seconds=request.deadline_unix_seconds,
             anchor=request.anchor,
+            secure=request.secure,
         )
+    if kind == "Masked":
+        return Masked(site=_MaskedFacts.model_validate(facts).site, arrays=arrays)
     if kind == "Release":
         return Release(facts=ReleaseFacts.model_validate(facts), update=arrays)
     raise MessageError(f"unknown kind of message {kind[:40]!r}")

@@ -221,7 +221,7 @@ class At:
         self._site, self._monkeypatch = site, monkeypatch
         self._fresh: set[int] = set()
         self._now = ("", 0)
-        answer: Callable[..., Any] = vars(client.app)["answer_train"]
+        answer: Callable[..., Any] = vars(client.app)["answer_request"]
 
         def noticing(site: Site, request: Any) -> Any:
             self._now = (site.name, request.server_round)
@@ -230,7 +230,7 @@ class At:
                 forget_memory()
             return answer(site, request)
 
-        monkeypatch.setattr(client.app, "answer_train", noticing)
+        monkeypatch.setattr(client.app, "answer_request", noticing)
 
     def put(
         self, owner: Any, name: str, other: Callable[..., Any], *, server_round: int = 1, fresh: bool = False

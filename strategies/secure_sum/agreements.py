@@ -49,3 +49,8 @@ class AgreementBook:
                 os.unlink(name)
         sync(self.folder)
         return path.read_text(encoding="utf-8")
+
+    def has(self, subject: str) -> bool:
+        """Whether anything was ever agreed to on ``subject``."""
+        require_hex("subject", subject, 32)
+        return (self.folder / subject).is_file()

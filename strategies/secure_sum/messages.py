@@ -20,6 +20,7 @@ from strategies.secure_sum.shamir import SHARE_BYTES
 
 SIGNATURE_BYTES, TAG_BYTES = 64, 16
 Secret = Literal["seed", "key"]
+Weighting = Literal["declared", "equal"]
 SECRETS: tuple[Secret, Secret] = (
     "seed",
     "key",
@@ -63,6 +64,7 @@ class Terms(_Strict):
         threshold: Fewest sites that are summed, and that it takes to unmask: more than half of all, so that
             two groups of this size always have a site in common.
         value_range: Largest magnitude of an update's values.
+        weighting: By the sizes that the sites declare, or every site alike: each knows its own.
 
     Raises:
         TermsRefused: a number is out of bounds or a site is named twice.
@@ -75,6 +77,7 @@ class Terms(_Strict):
     participants: tuple[Participant, ...]
     threshold: int
     value_range: float
+    weighting: Weighting = "declared"
 
     def __post_init__(self) -> None:
         require_hex("request", self.request, 32)

@@ -142,7 +142,7 @@ def test_the_sites_are_given_the_prototypes_of_their_round(
         asked.append(request)
         return train(site, request)
 
-    monkeypatch.setattr("client.app.answer_train", listening)
+    monkeypatch.setattr("client.app.answer_request", listening)
     run = Run(hospitals, training={"rounds": 1})
     run.go()
     sums, trained = asked[:SITES], asked[SITES:]
@@ -196,7 +196,7 @@ def test_a_round_that_is_resumed_uses_the_prototypes_it_made(
 
     run = Run(hospitals, training={"rounds": 1})
     with monkeypatch.context() as patch:
-        patch.setattr("client.app.answer_train", _only_prototypes(killed))
+        patch.setattr("client.app.answer_request", _only_prototypes(killed))
         with pytest.raises(KeyboardInterrupt):
             run.go()
     run.go(resume=True)

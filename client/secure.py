@@ -1,0 +1,148 @@
+"""A site's part in a secure sum: it trains as always, and what leaves is masked.
+
+The attempt under way lives in this process alone: a site that was restarted has dropped out of it.
+"""
+
+from pathlib import Path
+
+from client.answers import RELEASES, answer_train
+from client.errors import Refused
+from client.policy import check_code, check_release, check_run
+from client.releases import ReleaseStore
+from client.site import SITE_FILE, Site
+from strategies.messages import (
+    Agree,
+    Agreed,
+    Deal,
+    Dealt,
+    Mask,
+    Masked,
+    Ready,
+    RefusalCode,
+    Release,
+    Revealed,
+    TrainRequest,
+    Unmask,
+)
+from strategies.secure_sum.agreements import AgreementBook
+from strategies.secure_sum.errors import StepRefused, TermsRefused
+from strategies.secure_sum.masks import digest
+from strategies.secure_sum.messages import Terms
+from strategies.secure_sum.site import SiteSession
+from strategies.share import wire_of
+
+AGREEMENTS = "agreements"
+_ATTEMPTS = 4  # of runs that a site takes part in at the same time
+
+_sessions: dict[Path, dict[str, tuple[Terms, SiteSession]]] = {}
+
+
+def answer_request(site: Site, request: TrainRequest) -> Release | Ready:
+    """Train; the release leaves at once, or waits here to be masked where the request names terms.
+
+    Guarantees:
+        Terms that the site does not accept are refused before anything is computed or charged. Once it has
+        taken part in a secure sum of a run, nothing of that run leaves unmasked any more.
+
+    Raises:
+        Refused: with one of the closed list of codes.
+        TermsRefused: the site takes no part under these terms.
+        LedgerError: ledger or key cannot be used.
+    """
+    if request.secure is None:
+        _refuse_unmasked(site, request)
+        return check_release(site, answer_train(site, request))
+    check_run(site, request.run)
+    session = _session(site, request, request.secure)
+    release = check_release(site, answer_train(site, request))
+    _agreements(site).first(_run_of(request), "masked")
+    return Ready(facts=release.facts, offer=session.offer())
+
+
+def answer_deal(site: Site, asked: Deal) -> Dealt:
+    """Deal shares of this site's two secrets."""
+    _, session = _open(site, asked.session)
+    return Dealt(site=site.name, shares=session.deal(asked.offers))
+
+
+def answer_mask(site: Site, asked: Mask) -> Masked:
+    """Mask the stored release."""
+    terms, session = _open(site, asked.session)
+    release = ReleaseStore(folder=site.folder / RELEASES).find(terms.request)
+    if release is None:
+        raise StepRefused("the release to be masked is gone from this site's folder: start a new attempt")
+    return Masked(site=site.name, arrays=dict(session.mask(asked.shares, release.update)))
+
+
+def answer_agree(site: Site, asked: Agree) -> Agreed:
+    """Agree to the sum, and to no other of the same update."""
+    _, session = _open(site, asked.session)
+    return Agreed(consent=session.consent(asked.survivors))
+
+
+def answer_unmask(site: Site, asked: Unmask) -> Revealed:
+    """Send what unmasks the sum agreed to."""
+    _, session = _open(site, asked.session)
+    return Revealed(reveal=session.reveal(asked.consents))
+
+
+def _session(site: Site, request: TrainRequest, terms: Terms) -> SiteSession:
+    """This site's part under ``terms``; asked again, the same."""
+    if terms.request != request.digest:
+        raise TermsRefused("the terms are of another request than the one they came with")
+    if (terms.run, terms.server_round) != (request.run, request.server_round):
+        raise TermsRefused("the terms name another run or round than their request")
+    if (wire := wire_of(request)) != "fp32":
+        raise TermsRefused(f"what travels as {wire} cannot be summed under masks: ask for fp32")
+    attempts = _sessions.setdefault(site.folder, {})
+    if terms.session not in attempts:
+        own = site.settings.secure_aggregation
+        session = SiteSession(
+            terms,
+            site=site.name,
+            weight=site.settings.cohort.patients_declared if terms.weighting == "declared" else 1,
+            at_least=own.at_least,
+            pins=site.pins(),
+            sign=site.key().vouch,
+            agreements=_agreements(site),
+        )
+        attempts[terms.session] = (terms, session)
+        while len(attempts) > _ATTEMPTS:
+            del attempts[next(iter(attempts))]
+    return attempts[terms.session][1]
+
+
+def _open(site: Site, session: str) -> tuple[Terms, SiteSession]:
+    check_code(site)
+    found = _sessions.get(site.folder, {}).get(session)
+    if found is None:
+        raise StepRefused(f"{site.name!r} knows of no such attempt: it was restarted since, or never asked")
+    return found
+
+
+def _refuse_unmasked(site: Site, request: TrainRequest) -> None:
+    """Refuse what a coordinator could look at by itself, where that must not be.
+
+    Raises:
+        Refused: POLICY.
+    """
+    if site.settings.secure_aggregation.required:
+        raise Refused(
+            RefusalCode.POLICY,
+            "the update would not be masked; to allow that, change secure-aggregation.required in "
+            f"{SITE_FILE}",
+        )
+    if _agreements(site).has(_run_of(request)):
+        raise Refused(
+            RefusalCode.POLICY,
+            f"run {request.run!r} began with masked updates, and is now to go on in the clear: sums and "
+            "single updates of one run would tell too much of others; start a new run",
+        )
+
+
+def _run_of(request: TrainRequest) -> str:
+    return digest("run", request.run)
+
+
+def _agreements(site: Site) -> AgreementBook:
+    return AgreementBook(folder=site.folder / AGREEMENTS)
