@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.cohort.errors import CohortError, EmptyCohortError, StoredCohortError, TooManyFailuresError
+from client.cohort.index_file import INDEX, Index
 from client.cohort.on_disk import FindingsOnDisk
 from client.cohort.outcomes import Code, Rejected, State
 from client.cohort.packed_images import IMAGES, KEYS, NO_KEY, PackedImages
 from client.cohort.scan_index import SCAN, SCAN_FILES
-from client.cohort.store import INDEX, MANIFEST, QUARANTINE, VERSION
+from client.cohort.store import MANIFEST, QUARANTINE, VERSION
 from client.cohort.tables import plain
 from client.text.keys import KEY_DIGITS, text_key
 from strategies.files import sync
@@ -39,7 +40,8 @@ _NO_FAULT = frozenset({State.IGNORED, State.DUPLICATE})
 
 # An image may be taken over from a packing that was killed only if the disk has it for certain.
 _BYTES_BETWEEN_SYNCS = 64 * 2**20
-_FILES = {IMAGES, KEYS, INDEX, MANIFEST, QUARANTINE, *SCAN_FILES}
+_INDEX_BEFORE = "index.npz"  # of cohorts before version 4, which give way to a new one
+_FILES = {IMAGES, KEYS, INDEX, _INDEX_BEFORE, MANIFEST, QUARANTINE, *SCAN_FILES}
 _DIGEST_BYTES, _PSEUDONYM_BYTES = 16, 32
 
 
@@ -179,13 +181,14 @@ class CohortWriter:
         for name, values in sorted(arrays.items()):
             self._digest.update(f"{name} {values.dtype.str} {values.shape} ".encode())
             self._digest.update(values.data if values.dtype == np.uint8 else values.tobytes())
+        labels = dict(zip(arrays.pop("label_names").tolist(), arrays.pop("labels").T, strict=True))
+        facts = {"version": VERSION, "pipeline": about.pipeline, "identity": self._digest.hexdigest()}
         with _create(self._folder / INDEX) as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            Index(labels=labels, **arrays).write(file, facts=facts)
             _flush(file)
         manifest = {
-            "version": VERSION,
+            **facts,
             **asdict(about),
-            "identity": self._digest.hexdigest(),
             "rows": len(self._columns),
             "image_size": self._size,
             "counts": {state: self._counts[state] for state in State},
@@ -193,7 +196,7 @@ class CohortWriter:
             "text_rules": dict(sorted(self._columns.text_rules.items())),
             "masked": dict(sorted(self._columns.masked.items())),
         }
-        del arrays
+        del arrays, labels
         self._columns.close()
         self._write_quarantine()
         _write(self._folder / MANIFEST, json.dumps(manifest, indent=2).encode())

@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from client.cohort.errors import SaltError
-from client.cohort.store import stored_fingerprint
+from client.cohort.store import stored_version
 from strategies.files import sync
 
 SALT_FILE = "cohort.salt"
 SALT_BYTES = 32
+_FIRST_SECRET = 2  # version of cohorts; those of version 1 had a public salt
 
 
 def open_or_make_salt(folder: Path, *, cohort: Path) -> bytes:
@@ -26,7 +27,7 @@ def open_or_make_salt(folder: Path, *, cohort: Path) -> bytes:
     """
     path = folder / SALT_FILE
     if not path.exists():
-        if stored_fingerprint(cohort) is not None:
+        if stored_version(cohort) >= _FIRST_SECRET:
             raise SaltError(
                 f"{path} is gone, and with another one other patients would be held out: restore it from the "
                 f"site's back-up; if it is lost for good, remove {cohort} and begin with a new split"

@@ -1,8 +1,7 @@
 """The packed cohort on disk: images to be memory-mapped, an index, a manifest."""
 
 import json
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.cohort.errors import StoredCohortError
+from client.cohort.index_file import INDEX, MappedIndex
 from client.cohort.outcomes import Code, State
 from client.cohort.packed_images import IMAGES
 
-VERSION = 3
-INDEX, MANIFEST, QUARANTINE = "index.npz", "cohort.json", "quarantine.csv"
+VERSION = 4
+MANIFEST, QUARANTINE = "cohort.json", "quarantine.csv"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -89,6 +89,14 @@ def stored_fingerprint(out: Path) -> str | None:
         return None
 
 
+def stored_version(out: Path) -> int:
+    """Return the version of the cohort in ``out``, perhaps an older one; 0 where there is none."""
+    try:
+        return int(json.loads((out / MANIFEST).read_bytes())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def open_cohort(out: Path) -> Cohort:
     """Open a packed cohort; the images are mapped, not read.
 
@@ -98,20 +106,17 @@ def open_cohort(out: Path) -> Cohort:
     manifest = _manifest(out)
     try:
         images = np.load(out / IMAGES, mmap_mode="r", allow_pickle=False)
-        with open(out / INDEX, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            index = dict(arrays)
+        index = MappedIndex.open(out / INDEX)
         cohort = Cohort(
             identity=manifest["identity"],
             images=images,
-            texts=_texts(index),
-            text_ids=index["text_ids"],
-            text_keys=_text_keys(index),
-            patients=index["patients"],
-            studies=index["studies"],
-            is_test=index["is_test"],
-            labels={
-                str(name): index["labels"][:, column] for column, name in enumerate(index["label_names"])
-            },
+            texts=index.texts,
+            text_ids=index.text_ids,
+            text_keys=index.text_keys,
+            patients=index.patients,
+            studies=index.studies,
+            is_test=index.is_test,
+            labels=index.labels,
             counts={State(state): count for state, count in manifest["counts"].items()},
             codes={Code[code]: count for code, count in manifest["codes"].items()},
             unpaired_reports=manifest["unpaired_reports"],
@@ -121,10 +126,11 @@ def open_cohort(out: Path) -> Cohort:
             pipeline=manifest["pipeline"],
             rules=manifest["rules"],
         )
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError) as error:
         raise StoredCohortError(f"the cohort in {out} is damaged; remove it and build it again") from error
     size = manifest["image_size"]
-    if images.shape != (len(cohort), size, size) or len(cohort) != manifest["rows"]:
+    whole = images.shape == (len(cohort), size, size) and len(cohort) == manifest["rows"]
+    if not whole or index.facts.get("identity") != cohort.identity:
         raise StoredCohortError(f"the cohort in {out} is damaged; remove it and build it again")
     return cohort
 
@@ -141,16 +147,3 @@ def _manifest(out: Path) -> dict[str, Any]:
             f"the cohort in {out} has version {manifest.get('version')}, expected {VERSION}; build it again"
         )
     return manifest
-
-
-def _texts(index: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
-    """Return the text of every row; equal ones are one object, as most normal reports are."""
-    distinct: Sequence[int] = index["text_ends"].tolist()
-    stored = index["texts"].tobytes()
-    texts = [stored[start:end].decode() for start, end in zip([0, *distinct[:-1]], distinct, strict=True)]
-    return tuple(texts[number] for number in index["text_ids"].tolist())
-
-
-def _text_keys(index: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
-    distinct = [key.decode() for key in index["text_keys"].tolist()]
-    return tuple(distinct[number] for number in index["text_ids"].tolist())

@@ -325,7 +325,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def packed_bytes(folder: Path) -> dict[str, bytes]:
-    files = ("images.npy", "index.npz", "keys.bin", "cohort.json", "quarantine.csv")
+    files = ("images.npy", "index.arrow", "keys.bin", "cohort.json", "quarantine.csv")
     return {name: (folder / name).read_bytes() for name in files}
 
 

@@ -56,7 +56,7 @@ def test_used_files_show_the_pixels_they_were_made_from(whole: tuple[Cohort, Pat
 
 
 def test_no_identifier_reaches_the_packed_files(whole: tuple[Cohort, Path]) -> None:
-    stored = b"".join((whole[1] / name).read_bytes() for name in ("images.npy", "index.npz", "cohort.json"))
+    stored = b"".join((whole[1] / name).read_bytes() for name in ("images.npy", "index.arrow", "cohort.json"))
     canaries = json.loads((HOSPITAL / "canaries.json").read_text())
     assert not [canary for canary in canaries if canary.encode() in stored]
 

@@ -20,9 +20,11 @@ def test_a_secret_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
     assert open_or_make_salt(tmp_path / "other", cohort=tmp_path / "cohort") != salt
 
 
-def test_a_lost_secret_is_not_replaced_under_a_cohort(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [VERSION, VERSION - 1, 2])
+def test_a_lost_secret_is_not_replaced_under_a_cohort(tmp_path: Path, version: int) -> None:
+    """Nor under one that has to be built again: its patients would be held out by another secret."""
     (tmp_path / "cohort").mkdir()
-    (tmp_path / "cohort/cohort.json").write_text(f'{{"version": {VERSION}, "fingerprint": "f"}}')
+    (tmp_path / "cohort/cohort.json").write_text(f'{{"version": {version}, "fingerprint": "f"}}')
     with pytest.raises(SaltError, match=r"cohort.salt is gone, .*restore it from the site's back-up"):
         open_or_make_salt(tmp_path, cohort=tmp_path / "cohort")
     assert not (tmp_path / SALT_FILE).exists()

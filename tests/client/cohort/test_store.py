@@ -66,7 +66,7 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cohort").stat().st_mode) == 0o700
     files = list((tmp_path / "cohort").iterdir())
     assert {path.name for path in files} == {
-        *("images.npy", "keys.bin", "index.npz", "cohort.json", "quarantine.csv")
+        *("images.npy", "keys.bin", "index.arrow", "cohort.json", "quarantine.csv")
     }
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
@@ -151,12 +151,12 @@ def test_another_version_is_refused_by_number(tmp_path: Path) -> None:
     write(tmp_path / "cohort")
     manifest = json.loads((tmp_path / "cohort/cohort.json").read_text())
     (tmp_path / "cohort/cohort.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(StoredCohortError, match="has version 0, expected 3"):
+    with pytest.raises(StoredCohortError, match="has version 0, expected 4"):
         open_cohort(tmp_path / "cohort")
     assert stored_fingerprint(tmp_path / "cohort") is None
 
 
-@pytest.mark.parametrize("name", ["images.npy", "index.npz", "cohort.json"])
+@pytest.mark.parametrize("name", ["images.npy", "index.arrow", "cohort.json"])
 @pytest.mark.parametrize("keep", [0, 40, 200])
 def test_damage_is_named(tmp_path: Path, name: str, keep: int) -> None:
     write(tmp_path / "cohort")
@@ -164,6 +164,34 @@ def test_damage_is_named(tmp_path: Path, name: str, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StoredCohortError, match="is damaged; remove it"):
         open_cohort(tmp_path / "cohort")
+
+
+def test_an_index_of_another_cohort_is_damage(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    write(tmp_path / "b", text="Oedem.")
+    (tmp_path / "b/index.arrow").replace(tmp_path / "a/index.arrow")
+    with pytest.raises(StoredCohortError, match="is damaged; remove it"):
+        open_cohort(tmp_path / "a")
+
+
+def test_a_cohort_of_before_gives_way_and_its_images_are_taken_over(tmp_path: Path) -> None:
+    out, key = tmp_path / "cohort", b"0123456789abcdef"
+    pixels = np.full((SIZE, SIZE), 7, dtype=np.uint8)
+    with CohortWriter(out, image_size=SIZE, key=b"k") as writer:
+        writer.add("0.dcm", row(0), pixels, (), key)
+        writer.finish(ABOUT)
+    manifest = json.loads((out / "cohort.json").read_text())
+    (out / "cohort.json").write_text(json.dumps(manifest | {"version": 3}))
+    (out / "index.arrow").rename(out / "index.npz")
+    with pytest.raises(StoredCohortError, match="has version 3, expected 4; build it again"):
+        open_cohort(out)
+    with locked(out), CohortWriter(out, image_size=SIZE, key=b"k") as writer:
+        found = writer.packed.find(key)
+        assert found is not None
+        writer.add("0.dcm", row(0), found, (), key)
+        writer.finish(ABOUT)
+    assert (open_cohort(out).images == 7).all()
+    assert not (out / "index.npz").exists()
 
 
 def test_repr_shows_no_patient_data(tmp_path: Path) -> None:
