@@ -210,6 +210,60 @@ def demo(
         )
 
 
+@app.command()
+def compare(
+    federation: FederationFile,
+    runs: Runs = Path("runs"),
+    privacy: Annotated[
+        str | None, typer.Option(help="dp, none, or both as dp,none; by default as the file has it.")
+    ] = None,
+    share: Annotated[
+        str | None, typer.Option(help="Parts, such as heads,lora,full,prompts; by default the file's.")
+    ] = None,
+    prototypes: Annotated[
+        str | None, typer.Option(help="on, off, or on,off, where the file has a [prototypes] table.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Such as 1,2,3; by default the file's one, which gives no interval.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Of the arms with privacy; by default the file's.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
+) -> None:
+    """Is joining worth it? Train the federation, one model on all data, and every site alone.
+
+    Measures all of them alike, counts bytes, seconds and epsilon, and leaves runs/NAME-compare/ with
+    compare.md, .csv, .json and .png. Interrupted and started again it goes on where it was; a finished arm is
+    not run again. For public or synthetic data: of patients, all arms together would cost the sum.
+
+    Example: clipward compare configs/cxr-multisite.toml --seeds 1,2
+
+    Example: clipward compare configs/demo.toml --privacy dp,none --share heads,lora --seeds 1,2,3
+    """
+    from rich import print as show_result
+
+    from clipward.compare import compare as run
+    from clipward.compare import table_of
+    from clipward.compare_arms import Asked
+    from clipward.compare_results import PICTURE
+    from clipward.compare_rows import by_setting
+    from clipward.console import errors_in_one_line, progress_bars
+    from server.federation import Federation
+
+    with errors_in_one_line(_expected()), progress_bars() as show:
+        asked = Asked.parse(
+            privacy=privacy, share=share, prototypes=prototypes, seeds=seeds, epsilon=epsilon, rounds=rounds
+        )
+        comparison, folder = run(Federation.load(federation), asked, runs=runs, on_progress=show)
+    for setting, rows in by_setting(comparison.rows):
+        show_result(table_of(f"{comparison.name}: {setting}", rows))
+    for sentence in comparison.reading:
+        typer.echo(sentence)
+    typer.echo(f"table:   {folder / 'compare.md'}, .csv, .json")
+    typer.echo(f"picture: {folder / PICTURE}")
+
+
 app.command()(plan.plan)
 
 
