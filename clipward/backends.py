@@ -13,7 +13,8 @@ from flwr.app import Context, Message, RecordDict, UserConfigValue
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from strategies.flower_compat import OFFLINE, stay_offline
+from strategies.flower_compat import stay_offline
+from strategies.offline import OFFLINE
 from strategies.in_process import InProcessGrid, answer
 from strategies.messages import HELLO, INSTALL
 

@@ -13,14 +13,9 @@ from flwr.supercore import telemetry
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["ErrorCode", "Run", "act_as_coordinator", "make_message", "stamp", "stay_offline"]
+from strategies.offline import OFFLINE
 
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+__all__ = ["ErrorCode", "Run", "act_as_coordinator", "make_message", "stamp", "stay_offline"]
 
 
 def stay_offline() -> None:

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clipward.backends import BackendError, run_in_process, run_on_ray
-from strategies.flower_compat import OFFLINE
+from strategies.offline import OFFLINE
 
 ROOT = Path(__file__).resolve().parents[2]
 

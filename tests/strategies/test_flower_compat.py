@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from strategies import flower_compat
 from strategies.flower_compat import ErrorCode, Run, act_as_coordinator, make_message, stamp, stay_offline
+from strategies.offline import OFFLINE
 
 
 def metadata(message_id: str = "7") -> Metadata:
@@ -59,11 +60,11 @@ def test_an_empty_run_has_only_its_id() -> None:
 
 def test_staying_offline_sets_flower_s_own_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "FLWR_TELEMETRY_ENABLED", "1")
-    for name in flower_compat.OFFLINE:
+    for name in OFFLINE:
         monkeypatch.setenv(name, "unset")
     stay_offline()
     assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
-    assert {name: os.environ[name] for name in flower_compat.OFFLINE} == flower_compat.OFFLINE
+    assert {name: os.environ[name] for name in OFFLINE} == OFFLINE
 
 
 def test_an_event_of_flower_s_neither_calls_home_nor_writes_there(
