@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from strategies.flower_compat import stay_offline
-from strategies.offline import OFFLINE
 from strategies.in_process import InProcessGrid, answer
 from strategies.messages import HELLO, INSTALL
+from strategies.offline import OFFLINE
 
 Config = Mapping[str, UserConfigValue]
 
