@@ -30,7 +30,7 @@ from client.cohort.settings import CohortSettings
 from client.cohort.sources import Candidate, OrderedMap, Source, stamp
 from client.cohort.store import Cohort, open_cohort, stored_fingerprint
 from client.cohort.tables import read_table
-from client.cohort.workers import Workers
+from client.cohort.workers import MIN_ITEMS, Workers
 from client.reports.index import ReportIndex
 from client.reports.report import Report
 from client.text.errors import FindingsFileError
@@ -61,9 +61,9 @@ def build_cohort(
     Args:
         settings: The source, and how it is packed.
         out: Folder of the cohort; a cohort of other settings or older files in it is replaced.
-        workers: Processes to read with; by default one per core when there are many files, else none
-            beside this one. A file that kills or hangs its decoder is survived only in a process beside this
-            one.
+        workers: Processes to read with; by default one per core when there are many files, one beside this
+            one when a few need a decoder, else this one alone, as with 1. A file that kills or hangs its
+            decoder is survived only in a process beside this one.
         on_progress: Called with steps done and steps in all, two for each input.
 
     Raises:
@@ -81,7 +81,12 @@ def build_cohort(
         # Processes start before the lock is taken: one that runs the caller's script again, as spawned
         # processes do, would wait for it for ever.
         pool = stack.enter_context(
-            Workers(workers, items=len(source), seconds_per_file=settings.seconds_per_file)
+            Workers(
+                workers,
+                items=len(source),
+                apart=workers is None and len(source) < MIN_ITEMS and source.may_end_process(),
+                seconds_per_file=settings.seconds_per_file,
+            )
         )
         stack.enter_context(locked(out))
         if stored_fingerprint(out) == fingerprint:

@@ -57,6 +57,16 @@ def read_dataset(path: Path, *, keywords: Collection[str], pixels: bool) -> tupl
     return dataset, remarks
 
 
+def is_compressed(path: Path) -> bool:
+    """Return whether the pixels of a file need a decoder; False where the file does not say."""
+    try:
+        with quietly([]), opened(path, whole=False) as file:
+            head: Dataset = read_partial(file, stop_when=lambda *_: True, force=True)
+            return bool(UID(head.file_meta.TransferSyntaxUID).is_encapsulated)
+    except Exception:  # pydicom raises any type on a damaged header
+        return False
+
+
 def uid_name(uid: UID) -> str:
     """Return the standard's name of a UID. Of any other no more is told: what a file says may be anything."""
     return str(uid.name) if uid.type else "not one of the standard"

@@ -26,7 +26,7 @@ from pydicom.uid import (
 
 from client.cohort import display
 from client.cohort.archives import expanded
-from client.cohort.dicom_file import quietly, read_dataset, uid_name
+from client.cohort.dicom_file import is_compressed, quietly, read_dataset, uid_name
 from client.cohort.errors import SourceMissingError
 from client.cohort.on_disk import SetOnDisk
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
@@ -115,6 +115,10 @@ class DicomFolder:
     def stamps(self) -> Iterator[str]:
         """Yield name, size and modification time of every file."""
         return (stamp(path, self._name(path)) for path in self._files())
+
+    def may_end_process(self) -> bool:
+        """Return whether any file has compressed pixels: some decoders die of a damaged stream."""
+        return any(map(is_compressed, self._files()))
 
     def scan(self, ordered_map: OrderedMap) -> Iterable[Entry]:
         """Yield one entry per file by path; of files with one SOPInstanceUID the first is the candidate."""

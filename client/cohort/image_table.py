@@ -54,6 +54,10 @@ class ImageTable:
             path = self.path.parent / name
             yield stamp(path, name) if _is_file(path) else f"{name}\0absent"
 
+    def may_end_process(self) -> bool:
+        """Return False: Pillow answers a damaged PNG or JPEG with an error."""
+        return False
+
     def scan(self, ordered_map: OrderedMap) -> Iterator[Entry]:
         """Yield one entry per row, in the table's order; a row needs no other process to be judged."""
         columns = _Columns.of(self._table, filtered=self.where)

@@ -82,6 +82,10 @@ class Source(Protocol):
         """Yield name, size and modification time of every file the cohort depends on."""
         ...
 
+    def may_end_process(self) -> bool:
+        """Return whether an image may need a decoder that takes its process down with it."""
+        ...
+
     def scan(self, ordered_map: OrderedMap) -> Iterable[Entry]:
         """Yield one entry per input, in a fixed order, from headers alone."""
         ...

@@ -39,17 +39,27 @@ class Workers:
     Only a process beside this one can be killed, so only there an item's crash or time limit is survived.
     """
 
-    def __init__(self, count: int | None, *, items: int, seconds_per_file: float = SECONDS_PER_FILE) -> None:
+    def __init__(
+        self,
+        count: int | None,
+        *,
+        items: int,
+        apart: bool = False,
+        seconds_per_file: float = SECONDS_PER_FILE,
+    ) -> None:
         """Use ``count`` processes, or one per core, two at least, where there are ``items`` to pay for them.
 
         Args:
             count: Processes; None chooses.
             items: How many calls there will be, about.
+            apart: Whether few items are worth one process beside this one too: they may take theirs down.
             seconds_per_file: Wall time after which a call is given up.
         """
-        automatic = max(2, len(os.sched_getaffinity(0))) if items >= MIN_ITEMS else 1
+        beside = 0 if count == 1 else count
+        if beside is None:
+            beside = max(2, len(os.sched_getaffinity(0))) if items >= MIN_ITEMS else int(apart)
         self._limit = seconds_per_file
-        self._processes = _started(automatic if count is None else count)
+        self._processes = _started(beside)
 
     def __enter__(self) -> Self:
         return self
@@ -238,7 +248,7 @@ def _call(function: Callable[[Any], Any], item: Any) -> _Returned | _Raised:
 
 def _started(count: int) -> list[_Process]:
     """Return processes that work, or none: a caller's script without a main guard starts no processes."""
-    if count == 1:
+    if count == 0:
         return []
     first = _Process()
     first.give(_Chunk(str, []))

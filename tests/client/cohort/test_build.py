@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_uid
 
 from client.cohort import (
     PIPELINE,
@@ -44,6 +46,9 @@ from client.cohort.scan_index import SCAN
 Dicom = Callable[..., Dataset]
 PATIENTS = 6
 SIZE = 32
+
+# Some of the hospital's files need a decoder, and a process for it in every test would take a minute.
+build_here = partial(build_cohort, workers=1)
 
 
 @pytest.fixture
@@ -93,7 +98,7 @@ def same(first: Cohort, second: Cohort) -> bool:
 
 
 def test_every_file_ends_in_one_state(hospital: CohortSettings, tmp_path: Path) -> None:
-    cohort = build_cohort(hospital, tmp_path / "cohort")
+    cohort = build_here(hospital, tmp_path / "cohort")
     assert hospital.dicom is not None
     files = [path for path in hospital.dicom.rglob("*") if path.is_file()]
     assert len(files) == 3 * PATIENTS + 8
@@ -123,7 +128,7 @@ def test_every_file_ends_in_one_state(hospital: CohortSettings, tmp_path: Path) 
 
 
 def test_rows_are_image_text_pairs(hospital: CohortSettings, tmp_path: Path) -> None:
-    cohort = build_cohort(hospital, tmp_path / "cohort")
+    cohort = build_here(hospital, tmp_path / "cohort")
     assert cohort.images.shape == (3 * PATIENTS, SIZE, SIZE)
     assert cohort.texts[:3] == ("No. 0 Heart 0.", "No. 1 Heart 0.", "No. 1 Heart 0.")
     assert len(np.unique(cohort.patients)) == cohort.patients.max() + 1 == PATIENTS
@@ -135,7 +140,7 @@ def test_rows_are_image_text_pairs(hospital: CohortSettings, tmp_path: Path) -> 
 
 
 def test_a_patient_is_on_one_side(hospital: CohortSettings, tmp_path: Path) -> None:
-    cohort = build_cohort(replace(hospital, test_fraction=0.5), tmp_path / "cohort")
+    cohort = build_here(replace(hospital, test_fraction=0.5), tmp_path / "cohort")
     for patient in range(PATIENTS):
         assert len(set(cohort.is_test[cohort.patients == patient])) == 1
     assert 0 < len(cohort.test()) < len(cohort)
@@ -143,7 +148,7 @@ def test_a_patient_is_on_one_side(hospital: CohortSettings, tmp_path: Path) -> N
 
 def test_split_keeps_its_patients_when_the_fraction_grows(hospital: CohortSettings, tmp_path: Path) -> None:
     held_out = [
-        build_cohort(replace(hospital, test_fraction=fraction), tmp_path / "cohort").is_test
+        build_here(replace(hospital, test_fraction=fraction), tmp_path / "cohort").is_test
         for fraction in (0.0, 0.3, 0.6, 0.99)
     ]
     assert not held_out[0].any()
@@ -153,18 +158,16 @@ def test_split_keeps_its_patients_when_the_fraction_grows(hospital: CohortSettin
 
 def test_split_depends_on_the_salt(hospital: CohortSettings, tmp_path: Path) -> None:
     splits = {
-        tuple(build_cohort(replace(hospital, test_fraction=0.5, salt=salt), tmp_path / "cohort").is_test)
+        tuple(build_here(replace(hospital, test_fraction=0.5, salt=salt), tmp_path / "cohort").is_test)
         for salt in "abcd"
     }
     assert len(splits) > 1
 
 
 def test_building_again_opens_what_is_there(hospital: CohortSettings, tmp_path: Path) -> None:
-    first = build_cohort(hospital, tmp_path / "cohort")
+    first = build_here(hospital, tmp_path / "cohort")
     before = (tmp_path / "cohort/images.npy").stat()
-    second = build_cohort(
-        hospital, tmp_path / "cohort", on_progress=lambda done, total: pytest.fail("rebuilt")
-    )
+    second = build_here(hospital, tmp_path / "cohort", on_progress=lambda done, total: pytest.fail("rebuilt"))
     assert (tmp_path / "cohort/images.npy").stat() == before
     assert same(first, second)
     assert same(first, open_cohort(tmp_path / "cohort"))
@@ -172,7 +175,7 @@ def test_building_again_opens_what_is_there(hospital: CohortSettings, tmp_path: 
 
 @pytest.mark.parametrize("change", ["file", "touch", "reports", "size", "salt"])
 def test_any_change_builds_again(hospital: CohortSettings, tmp_path: Path, change: str) -> None:
-    build_cohort(hospital, tmp_path / "cohort")
+    build_here(hospital, tmp_path / "cohort")
     before = (tmp_path / "cohort/images.npy").stat().st_ino
     assert hospital.dicom is not None
     assert isinstance(hospital.reports, Path)
@@ -186,7 +189,7 @@ def test_any_change_builds_again(hospital: CohortSettings, tmp_path: Path, chang
         hospital = replace(hospital, image_size=16)
     else:
         hospital = replace(hospital, salt="other")
-    build_cohort(hospital, tmp_path / "cohort")
+    build_here(hospital, tmp_path / "cohort")
     assert (tmp_path / "cohort/images.npy").stat().st_ino != before
 
 
@@ -197,9 +200,49 @@ def test_workers_change_nothing(hospital: CohortSettings, tmp_path: Path) -> Non
     )
 
 
+def test_a_file_that_ends_its_decoders_process_costs_itself_in_a_small_build_too(
+    hospital: CohortSettings, tmp_path: Path, dicom: Dicom
+) -> None:
+    """GDCM, the one decoder of lossless JPEG, writes where it may not when told of samples of 255 bits."""
+    stream = bytes.fromhex(
+        "ffd8ffc3000bff0020002001011100"  # the byte before 32 rows and columns is the precision
+        "ffc40020000003010101000203010100000000000008090a070605000401030b020f"
+        "ffda0008010100010000ffd9"
+    )
+    deadly = dicom(AccessionNumber="A1-1")
+    deadly.file_meta.TransferSyntaxUID, deadly.PixelData = JPEGLosslessSV1, encapsulate([stream])
+    deadly["PixelData"].VR, deadly["PixelData"].is_undefined_length = "OB", True
+    assert hospital.dicom is not None
+    deadly.save_as(hospital.dicom / "deadly", enforce_file_format=True)
+    cohort = build_cohort(hospital, tmp_path / "cohort")
+    assert cohort.codes[Code.E_CRASHED] == 1
+    assert len(cohort) == 3 * PATIENTS
+    assert "deadly,quarantined,E_CRASHED" in (tmp_path / "cohort/quarantine.csv").read_text()
+
+
+@pytest.mark.parametrize(("workers", "asked"), [(None, True), (1, False), (2, False)])
+def test_a_decoder_is_looked_for_where_that_decides_something(
+    hospital: CohortSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int | None,
+    asked: bool,
+) -> None:
+    calls: list[bool] = []
+
+    def may_end_process(self: DicomFolder) -> bool:
+        calls.append(True)
+        return False
+
+    monkeypatch.setattr(DicomFolder, "may_end_process", may_end_process)
+    build_cohort(hospital, tmp_path / "cohort", workers=workers)
+    build_cohort(hospital, tmp_path / "cohort", workers=workers)  # is there already
+    assert calls == [True] * asked
+
+
 def test_progress_rises_to_its_end(hospital: CohortSettings, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    build_cohort(hospital, tmp_path / "cohort", on_progress=lambda done, total: steps.append((done, total)))
+    build_here(hospital, tmp_path / "cohort", on_progress=lambda done, total: steps.append((done, total)))
     total = 2 * (3 * PATIENTS + 8)
     assert steps == sorted(steps)
     assert steps[-1] == (total, total)
@@ -209,7 +252,7 @@ def test_nothing_of_a_patient_is_logged_or_shown(
     hospital: CohortSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    cohort = build_cohort(hospital, tmp_path / "cohort")
+    cohort = build_here(hospital, tmp_path / "cohort")
     text = caplog.text + repr(cohort) + repr(hospital)
     for secret in ("MRN", "A0-0", "Heart", "export", "1.2.", str(tmp_path)):
         assert secret not in text
@@ -224,21 +267,21 @@ def test_an_unpaired_hospital_names_its_reasons(hospital: CohortSettings, tmp_pa
     with pytest.raises(
         EmptyCohortError, match=r"no usable pair among 27 inputs, .*21 x E_NO_REPORT \(no report"
     ):
-        build_cohort(hospital, tmp_path / "cohort")
+        build_here(hospital, tmp_path / "cohort")
     assert (tmp_path / "cohort/quarantine.csv").exists()
 
 
 def test_missing_sources_are_named(hospital: CohortSettings, tmp_path: Path) -> None:
     with pytest.raises(SourceMissingError, match=r"expected the file .*/none\.csv"):
-        build_cohort(replace(hospital, reports=tmp_path / "none.csv"), tmp_path / "cohort")
+        build_here(replace(hospital, reports=tmp_path / "none.csv"), tmp_path / "cohort")
     with pytest.raises(SourceMissingError, match=r"expected the DICOM folder .*/nowhere"):
-        build_cohort(replace(hospital, dicom=tmp_path / "nowhere"), tmp_path / "cohort")
+        build_here(replace(hospital, dicom=tmp_path / "nowhere"), tmp_path / "cohort")
 
 
 def test_the_cohort_lies_outside_of_its_source(hospital: CohortSettings) -> None:
     assert hospital.dicom is not None
     with pytest.raises(CohortSettingsError, match="outside of"):
-        build_cohort(hospital, hospital.dicom / "cohort")
+        build_here(hospital, hospital.dicom / "cohort")
     assert not (hospital.dicom / "cohort").exists()
 
 
@@ -246,7 +289,7 @@ def test_a_folder_of_something_else_is_left_alone(hospital: CohortSettings, tmp_
     (tmp_path / "home").mkdir()
     (tmp_path / "home/diary.txt").touch()
     with pytest.raises(StoredCohortError, match="other than a cohort"):
-        build_cohort(hospital, tmp_path / "home")
+        build_here(hospital, tmp_path / "home")
     assert (tmp_path / "home/diary.txt").exists()
 
 
@@ -259,7 +302,7 @@ def test_a_table_of_one_site_becomes_its_cohort(tmp_path: Path) -> None:
         lines.append(f"{number}.png,Note {number}.,p{number // 2},{number % 2},{split},{number % 3 % 2}")
     (tmp_path / "t.csv").write_text("\n".join(lines))
     settings = CohortSettings(table=tmp_path / "t.csv", where={"site": "1"}, image_size=SIZE, salt="s")
-    cohort = build_cohort(settings, tmp_path / "cohort")
+    cohort = build_here(settings, tmp_path / "cohort")
     assert cohort.texts == tuple(f"Note {number}." for number in range(1, 12, 2))
     np.testing.assert_array_equal(cohort.is_test, [True, False, False, True, False, False])
     np.testing.assert_array_equal(cohort.labels["mass"], [1, 0, 0, 1, 0, 0])
@@ -274,7 +317,7 @@ def test_a_patient_in_both_splits_never_reaches_the_test_side(tmp_path: Path) ->
         "image,text,patient_id,split\na.png,one,p1,train\na.png,two,p1,test\na.png,three,p2,test\n"
     )
     settings = CohortSettings(table=tmp_path / "t.csv", image_size=SIZE, salt="s")
-    cohort = build_cohort(settings, tmp_path / "cohort")
+    cohort = build_here(settings, tmp_path / "cohort")
     np.testing.assert_array_equal(cohort.is_test, [False, False, True])
     assert cohort.codes == {Code.W_SPLIT_CONFLICT: 2}
     assert cohort.counts[State.USED] == 3
@@ -343,12 +386,12 @@ def change_archive(hospital: CohortSettings) -> None:
 def test_only_what_has_changed_is_decoded_and_the_result_is_a_fresh_builds(
     hospital: CohortSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_cohort(hospital, tmp_path / "cohort")
+    build_here(hospital, tmp_path / "cohort")
     change_archive(hospital)
     names = decoded(monkeypatch)
-    cohort = build_cohort(hospital, tmp_path / "cohort")
+    cohort = build_here(hospital, tmp_path / "cohort")
     assert names == ["2/0-1", "3/0-0"]
-    build_cohort(hospital, tmp_path / "fresh")
+    build_here(hospital, tmp_path / "fresh")
     assert packed_bytes(tmp_path / "cohort") == packed_bytes(tmp_path / "fresh")
     assert "No. 0 Heart one." in cohort.texts
     assert cohort.counts[State.DUPLICATE] == 3
@@ -357,16 +400,16 @@ def test_only_what_has_changed_is_decoded_and_the_result_is_a_fresh_builds(
 def test_a_build_that_is_killed_goes_on_where_it_was(
     hospital: CohortSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build_cohort(hospital, tmp_path / "fresh")
+    build_here(hospital, tmp_path / "fresh")
     names = decoded(monkeypatch)
     monkeypatch.setattr(CohortWriter, "finish", kill)
     monkeypatch.setattr(packing, "_BYTES_BETWEEN_SYNCS", 4 * SIZE**2)
     with pytest.raises(ZeroDivisionError):
-        build_cohort(hospital, tmp_path / "cohort")
+        build_here(hospital, tmp_path / "cohort")
     assert len(names) == 3 * PATIENTS + 2
     monkeypatch.undo()
     names = decoded(monkeypatch)
-    build_cohort(hospital, tmp_path / "cohort")
+    build_here(hospital, tmp_path / "cohort")
     assert names == []
     assert packed_bytes(tmp_path / "cohort") == packed_bytes(tmp_path / "fresh")
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".cohort")} == {".cohort.lock"}
@@ -377,13 +420,13 @@ def kill(*_: object, **__: object) -> None:
 
 
 def test_too_many_failures_leave_the_cohort_of_before(hospital: CohortSettings, tmp_path: Path) -> None:
-    build_cohort(hospital, tmp_path / "cohort")
+    build_here(hospital, tmp_path / "cohort")
     before = packed_bytes(tmp_path / "cohort")
     used, failed = 3 * PATIENTS + 2 * PATIENTS + 1, 5  # reports are inputs that succeed
     share = failed / (used + failed)
-    build_cohort(replace(hospital, max_failure_share=share), tmp_path / "enough")
+    build_here(replace(hospital, max_failure_share=share), tmp_path / "enough")
     with pytest.raises(TooManyFailuresError) as caught:
-        build_cohort(replace(hospital, max_failure_share=share - 1e-9), tmp_path / "cohort")
+        build_here(replace(hospital, max_failure_share=share - 1e-9), tmp_path / "cohort")
     assert "5 of 36 inputs cannot be used, a larger share than cohort.max-failure-share" in str(caught.value)
     assert f"see {tmp_path}/cohort/quarantine.csv: " in str(caught.value)
     assert "1 x E_NO_REPORT (no report" in str(caught.value)
@@ -397,7 +440,7 @@ def test_a_patient_under_several_ids_is_one(hospital: CohortSettings, tmp_path: 
     )
     for fraction in (0.2, 0.5, 0.8):
         settings = replace(hospital, merge=tmp_path / "merge.csv", test_fraction=fraction)
-        cohort = build_cohort(settings, tmp_path / "cohort")
+        cohort = build_here(settings, tmp_path / "cohort")
         number = cohort.patients[::3]
         assert number[0] == number[1] == number[3]
         assert len(set(number)) == PATIENTS - 2
@@ -411,7 +454,7 @@ def test_images_and_reports_of_merged_ids_belong_together(hospital: CohortSettin
     labels.write_text("accession_number,patient_id,Edema\nA0-0,OLDER-0,1\n")
     merge.write_text("patient_id,same_as\nMRN-0,OLD-0\nOLD-0,OLDER-0\n")
     settings = replace(hospital, reports=reports, labels=labels, merge=merge)
-    cohort = build_cohort(settings, tmp_path / "cohort")
+    cohort = build_here(settings, tmp_path / "cohort")
     assert cohort.texts == ("One.",)
     assert cohort.labels["Edema"].tolist() == [1]
     assert cohort.codes[Code.E_PATIENT_MISMATCH] == 3  # that of OLD-1, and two faults with a number of others
@@ -427,13 +470,13 @@ def test_splits_of_merged_ids_that_differ_become_training(tmp_path: Path) -> Non
     settings = CohortSettings(
         table=tmp_path / "t.csv", merge=tmp_path / "m.csv", image_size=SIZE, salt="s", test_fraction=0.5
     )
-    cohort = build_cohort(settings, tmp_path / "cohort")
+    cohort = build_here(settings, tmp_path / "cohort")
     assert cohort.is_test.tolist() == [False, False, False, True, True]
     assert cohort.codes == {Code.W_SPLIT_CONFLICT: 3}
 
 
 def test_equal_texts_have_one_number(hospital: CohortSettings, tmp_path: Path) -> None:
-    cohort = build_cohort(hospital, tmp_path / "cohort")
+    cohort = build_here(hospital, tmp_path / "cohort")
     assert cohort.text_ids.tolist()[:7] == [0, 1, 1, 2, 3, 3, 4]
     assert cohort.texts[1] is cohort.texts[2]
     assert cohort.text_rules == {"impression and findings": 3 * PATIENTS}
@@ -443,10 +486,10 @@ def test_equal_texts_have_one_number(hospital: CohortSettings, tmp_path: Path) -
 def test_another_decoder_builds_again(
     hospital: CohortSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = build_cohort(hospital, tmp_path / "cohort")
+    first = build_here(hospital, tmp_path / "cohort")
     monkeypatch.setattr(build, "_decoders", lambda: {"1.2.840.10008.1.2.5": ("better",)})
     names = decoded(monkeypatch)
-    second = build_cohort(hospital, tmp_path / "cohort")
+    second = build_here(hospital, tmp_path / "cohort")
     assert len(names) == 3 * PATIENTS + 2
     assert first.identity == second.identity
     assert first.rules != second.rules

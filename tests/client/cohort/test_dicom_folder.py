@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from pydicom import DataElement, Dataset
 from pydicom.config import IGNORE
 from pydicom.uid import (
     MPEG2MPML,
+    UID,
     BasicTextSRStorage,
     CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
     DigitalXRayImageStorageForPresentation,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
     RLELossless,
     SecondaryCaptureImageStorage,
 )
@@ -225,6 +230,24 @@ def test_missing_pixels_are_quarantined(dicom: Dicom, path: Path) -> None:
     del dataset.PixelData
     outcome = DicomFolder.render(save(path, dataset), 16)
     assert outcome == Rejected(State.QUARANTINED, Code.E_TAG_MISSING, "PixelData")
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_one_compressed_file_among_others_may_end_its_process(
+    dicom: Dicom, tmp_path: Path, syntax: UID
+) -> None:
+    save(tmp_path / "a", dicom())
+    save(tmp_path / "b", dicom(syntax=ImplicitVRLittleEndian))
+    save(tmp_path / "c", dicom(syntax=DeflatedExplicitVRLittleEndian))
+    (tmp_path / "d").write_bytes(b"no DICOM at all")
+    (tmp_path / "e").touch()
+    assert not DicomFolder(tmp_path).may_end_process()
+    compressed = save(tmp_path / "z", dicom(syntax=syntax))
+    assert DicomFolder(tmp_path).may_end_process()
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.write(compressed, "1")
+    compressed.unlink()
+    assert DicomFolder(tmp_path).may_end_process()
 
 
 def test_scan_keeps_the_first_of_two_files_with_one_uid(dicom: Dicom, tmp_path: Path) -> None:

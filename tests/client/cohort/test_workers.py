@@ -32,6 +32,11 @@ def test_few_items_need_no_process() -> None:
         assert list(pool.map(lambda item: item, [1, 2])) == [1, 2]  # a lambda would not travel
 
 
+def test_few_items_that_may_end_their_process_get_one_apart() -> None:
+    with Workers(None, items=3, apart=True) as pool:
+        assert list(pool.map(segfault_on_some, range(5))) == [0, 1, 2, CRASHED, 4]
+
+
 def test_items_that_kill_their_process_are_alone_in_their_loss() -> None:
     items = list(range(2 * CHUNK))
     with Workers(2, items=len(items)) as pool:
