@@ -57,6 +57,7 @@ def _panel(axes: Any, rows: list[Row], comparison: Comparison) -> None:
     chance = rows[0].chances.get(metric)
     if chance is not None:
         axes.axvline(scale * chance, color=COLOURS[MUTED], linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))  # an interval may reach below what there is
     axes.set_yticks(list(places), [row.name for row in rows])
     axes.set(xlabel=title_of(metric) + (" in %" if scale > 1 else ""), ylim=(0.3, len(rows) + 0.7))
     axes.grid(visible=False)

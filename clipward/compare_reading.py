@@ -101,6 +101,8 @@ def _remarks(rows: Sequence[Row], pairs: int) -> Iterator[str]:
         f"All arms are measured on the same {pairs} held-out pairs of all sites. A site alone trains as many "
         "steps as in the federation; the pooled model sees as many pairs as all sites together."
     )
+    if any(one.margin is not None for row in rows for one in row.measures.values()):
+        yield f"Intervals ({LEVEL:.0%}, Student's t) are over seeds: other held-out patients widen them."
     if any(row.epsilon is not None for row in rows):
         yield (
             "Every private arm was paid from a budget of its own: on the same patients, all arms and seeds "

@@ -21,8 +21,8 @@ VERSION = 1
 PICTURE = "compare.png"
 HEADERS = (
     "arm",
-    "image → text R@1/5/10",
-    "text → image R@1/5/10",
+    "image → text R@1/5/10 in %",
+    "text → image R@1/5/10 in %",
     "macro AUROC",
     "up",
     "down",
@@ -106,4 +106,4 @@ def _recalls(row: Row, way: str) -> str:
         for measure in MEASURES
         if measure.startswith(f"retrieval.{way}.")
     )
-    return f"{r1.split()[0]} / {r5.split()[0]} / {r10}"
+    return f"{r1.split()[0]}/{r5.split()[0]}/{r10}"

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ class Runner:
         self._starts, self._progress = runs / STARTS, on_progress
         self._bundles: dict[Path, str] = {}
         self._sites = {site.name: site for site in map(Site.open, prepare_sites(federation, self.folder))}
+        for site in self._sites.values():
+            site.cohort(on_progress=partial(on_progress, f"read {site.name}") if on_progress else None)
         self._pooled = _pooled_site(self._sites, self.folder / POOLED)
         cohort = self._pooled.cohort()
         self._identity, self._held_out = cohort.identity, evaluation_set(cohort, cohort.test())
@@ -161,7 +164,11 @@ class Runner:
             "prototypes": released and hashlib.sha256(released.read_bytes()).hexdigest(),
             "data": self._identity,
             "sites": [
-                site.settings.model_dump(mode="json", exclude={"cohort"}) | {"delta": site.delta}
+                {
+                    **site.settings.model_dump(mode="json", exclude={"cohort"}),
+                    "patients declared": site.settings.cohort.patients_declared,
+                    "delta": site.delta,
+                }
                 for site in self._members(arm)
             ],
         }

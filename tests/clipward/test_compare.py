@@ -26,7 +26,7 @@ from clipward.compare_runs import EVENTS, RESULT, Figures, Outcome, Runner
 from server.federation import Federation
 from server.metrics import read_events
 from strategies.settings import SettingsError
-from tests.small_hospitals import EPSILON, change_site, federation, without_claim, write_federation
+from tests.small_hospitals import EPSILON, PATIENTS, change_site, federation, without_claim, write_federation
 
 NAMES = ["site-1", "site-2", "site-3"]
 SHORT = {"training": {"rounds": 2, "steps": 2, "batch": 6}}
@@ -266,6 +266,10 @@ def test_what_decides_the_figures_decides_the_folder(compared: Compared) -> None
         runner.digest(Arm(kind="federation", federation=each)) for each in (file, slower, kept)
     )
     assert own == same != other
+    change_site(root / "hospitals" / "site-1", cohort={"patients-declared": 26})
+    declared = Runner(file, runs=root / "runs").digest(Arm(kind="federation", federation=file))
+    change_site(root / "hospitals" / "site-1", cohort={"patients-declared": PATIENTS})
+    assert declared != own
 
 
 def test_the_files_say_what_the_rows_say(compared: Compared) -> None:
