@@ -71,6 +71,7 @@ class Outcome:
         late: Names of kept late releases that this round has used up or made obsolete.
         seconds: From the first message to the last fold.
         aggregate_seconds: Of them, spent on folding.
+        reason: Why sites that were ready are not in ``replied`` either; empty: there are none.
     """
 
     replied: Mapping[str, ReleaseFacts]
@@ -78,6 +79,7 @@ class Outcome:
     late: Sequence[str]
     seconds: float
     aggregate_seconds: float
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

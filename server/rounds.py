@@ -175,7 +175,8 @@ class _Run:
                 "round_repeated",
                 round=server_round,
                 attempt=attempt + 1,
-                reason=f"{len(outcome.replied)} sites replied, {strategy.min_sites} are needed",
+                reason=outcome.reason
+                or f"{len(outcome.replied)} sites replied, {strategy.min_sites} are needed",
             )
 
     def _asked(self, server_round: int, base: Arrays) -> Outcome:
@@ -374,9 +375,10 @@ def _too_few(server_round: int, outcome: Outcome, min_sites: int, *, attempts: i
     if RefusalCode.BUDGET in outcome.refused.values():
         remedy += "; a spent budget stays spent, and only its site can raise policy.epsilon-max"
     asked = f" in each of {attempts} attempts" if attempts > 1 else ""
+    reason = f"{outcome.reason}. " if outcome.reason else ""
     return (
         f"round {server_round}: {len(outcome.replied)} sites replied{asked}, {min_sites} are needed "
-        f"(strategy.min-sites); the others: {codes or 'none'}. {remedy}"
+        f"(strategy.min-sites); the others: {codes or 'none'}. {reason}{remedy}"
     )
 
 

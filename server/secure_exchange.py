@@ -151,9 +151,8 @@ class SecureExchange:
         try:
             pledge = self._pledge(question, [site for site in sites if site not in refused])
         except SecureSumError as error:
-            return self._failed(request, 0, error, Outcome(
-                replied={}, refused=refused, late=[], seconds=0.0, aggregate_seconds=0.0
-            ))  # fmt: skip
+            nothing = Outcome(replied={}, refused=refused, late=[], seconds=0.0, aggregate_seconds=0.0)
+            return self._failed(request, 0, error, nothing)
         terms = pledge.terms
         asked = {site.name: site for site in sites if site.name in _askable(pledge)}
         secure = SecureSum(terms, question.like)
@@ -241,7 +240,7 @@ class SecureExchange:
     ) -> Outcome:
         logger.warning("round %d: no secure sum: %s", request.server_round, error)
         self._log.record("sum_failed", round=request.server_round, attempt=attempt, reason=str(error))
-        return outcome
+        return replace(outcome, reason=f"no secure sum was made: {error}")
 
 
 class _Attempt:

@@ -18,6 +18,21 @@ from privacy.signing import Anchor, SiteKey, is_signed
 HEAD = "ab" * 32
 
 
+def test_a_key_vouches_for_statements_but_not_for_what_reads_as_a_row(tmp_path: Path) -> None:
+    key = SiteKey.open_or_make(tmp_path)
+    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.public))
+    public.verify(key.vouch(b"a sum"), b"a sum")
+    with pytest.raises(ValueError, match="starts with 'clipward ledger ' is a ledger's: sign the row"):
+        key.vouch(f"clipward ledger row 3 {HEAD}".encode())
+    assert is_signed(3, HEAD, key.sign(3, HEAD), key=key.public)
+
+
+def test_without_its_private_half_a_key_vouches_for_nothing(tmp_path: Path) -> None:
+    public = SiteKey(public=SiteKey.open_or_make(tmp_path).public)
+    with pytest.raises(KeyUnusable, match=r"site\.key is missing, so nothing can be signed"):
+        public.vouch(b"a sum")
+
+
 def test_a_key_is_made_once_for_its_owner_alone_beside_its_public_half(tmp_path: Path) -> None:
     key = SiteKey.open_or_make(tmp_path)
     assert SiteKey.open_or_make(tmp_path).public == SiteKey.open(tmp_path).public == key.public

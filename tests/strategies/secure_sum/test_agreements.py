@@ -17,6 +17,15 @@ def test_the_first_agreement_stays_also_after_a_restart(tmp_path: Path) -> None:
     assert AgreementBook(folder=tmp_path / "book").first(OTHER, "two") == "two"
 
 
+def test_a_book_says_whether_anything_was_agreed_to(tmp_path: Path) -> None:
+    book = AgreementBook(folder=tmp_path / "book")
+    assert not book.has(SUBJECT)
+    book.first(SUBJECT, "one")
+    assert (book.has(SUBJECT), book.has(OTHER)) == (True, False)
+    with pytest.raises(Malformed, match="subject"):
+        book.has("../site")
+
+
 def test_of_many_at_once_one_is_the_first(tmp_path: Path) -> None:
     book = AgreementBook(folder=tmp_path)
     with ThreadPoolExecutor(8) as pool:

@@ -1,0 +1,221 @@
+"""What one site does in a secure sum, whatever a coordinator says."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import secure
+from client.secure import answer_agree, answer_deal, answer_mask, answer_request, answer_unmask
+from client.site import PINS_FILE, Site
+from privacy.errors import KeyUnusable
+from strategies.messages import (
+    Agree,
+    Deal,
+    Mask,
+    Ready,
+    Refusal,
+    RefusalCode,
+    Release,
+    TrainRequest,
+    Unmask,
+    decode,
+)
+from strategies.secure_sum.errors import StepRefused, TermsRefused
+from strategies.secure_sum.messages import Participant, Terms
+from strategies.settings import SettingsError
+from tests.small_hospitals import ask, change_site, plain_plan, ready, request
+
+NAMES = ["site-1", "site-2", "site-3"]
+
+
+@pytest.fixture
+def sites(hospitals: Path) -> list[Site]:
+    """Three that know each other's keys, train without a claim and hold the bundle."""
+    secure._sessions.clear()
+    folders = [hospitals / "hospitals" / name for name in NAMES]
+    pins = {folder.name: Site.open(folder).key().public for folder in folders}
+    return [
+        ready(
+            change_site(folder, policy={"require-dp": False}, **{"secure-aggregation": {"pins": pins}}).parent
+            / folder.name
+        )
+        for folder in folders
+    ]
+
+
+def asked(sites: list[Site], **changes: Any) -> TrainRequest:
+    """A request that names terms; ``changes`` are of them."""
+    plain = replace(request(), plan=plain_plan())
+    facts: dict[str, Any] = {
+        "run": plain.run,
+        "server_round": 1,
+        "request": plain.digest,
+        "attempt": 1,
+        "participants": tuple(
+            Participant(
+                site=site.name, weight=site.settings.cohort.patients_declared, public=site.key().public
+            )
+            for site in sites
+        ),
+        "threshold": 2,
+        "value_range": 1.0,
+        **changes,
+    }
+    return replace(plain, secure=Terms(**facts))
+
+
+def offered(site: Site, message: TrainRequest) -> Ready:
+    said = answer_request(site, message)
+    assert isinstance(said, Ready)
+    return said
+
+
+def equal(sites: list[Site]) -> tuple[Participant, ...]:
+    return tuple(Participant(site=site.name, weight=1, public=site.key().public) for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (lambda sites: {"request": "ab" * 32}, "terms are of another request"),
+        (lambda sites: {"run": "other"}, "another run or round"),
+        (lambda sites: {"server_round": 2}, "another run or round"),
+        (lambda sites: {"participants": equal(sites)}, "expected weight 25 for 'site-1', asked was 1"),
+        (lambda sites: {"weighting": "equal"}, "expected weight 1 for 'site-1', asked was 25"),
+    ],
+)
+def test_terms_that_are_not_as_they_should_be_are_refused_before_anything_is_done(
+    changes: Callable[[list[Site]], dict[str, Any]], reason: str, sites: list[Site]
+) -> None:
+    with pytest.raises(TermsRefused, match=reason):
+        answer_request(sites[0], asked(sites, **changes(sites)))
+    assert not (sites[0].folder / "releases").exists()
+    assert not (sites[0].folder / "agreements").exists()
+
+
+def test_equal_weights_are_one_each(sites: list[Site]) -> None:
+    message = asked(sites, participants=equal(sites), weighting="equal")
+    assert offered(sites[0], message).offer.site == "site-1"
+
+
+def test_what_travels_shortened_cannot_be_masked(sites: list[Site]) -> None:
+    message = asked(sites)
+    short = replace(message, plan=plain_plan(wire="bf16"))
+    assert message.secure is not None
+    short = replace(short, secure=replace(message.secure, request=short.digest))
+    with pytest.raises(TermsRefused, match="what travels as bf16 cannot be summed under masks"):
+        answer_request(sites[0], short)
+
+
+def test_a_site_has_its_own_least_threshold(sites: list[Site]) -> None:
+    change_site(sites[0].folder, **{"secure-aggregation": {"at-least": 3}})
+    with pytest.raises(TermsRefused, match="threshold is 2, and 'site-1' takes part from 3 on"):
+        answer_request(Site.open(sites[0].folder), asked(sites))
+
+
+def test_a_site_that_knows_no_keys_takes_no_part(sites: list[Site]) -> None:
+    change_site(sites[0].folder, secure_aggregation=None)
+    with pytest.raises(TermsRefused, match="no key is pinned here for 'site-1'"):
+        answer_request(Site.open(sites[0].folder), asked(sites))
+
+
+def test_the_same_terms_again_get_the_same_keys_and_another_attempt_gets_others(sites: list[Site]) -> None:
+    first, again = (offered(sites[0], asked(sites)) for _ in range(2))
+    other = offered(sites[0], asked(sites, attempt=2))
+    assert first.offer == again.offer
+    assert other.offer.mask_key != first.offer.mask_key
+    assert (first.facts.replayed, again.facts.replayed, other.facts.replayed) == (False, True, True)
+
+
+def test_old_attempts_are_forgotten(sites: list[Site]) -> None:
+    messages = [asked(sites, attempt=number) for number in range(1, 8)]
+    for message in messages:
+        offered(sites[0], message)
+    assert len(secure._sessions[sites[0].folder]) == secure._ATTEMPTS
+    assert messages[0].secure is not None
+    with pytest.raises(StepRefused, match="knows of no such attempt"):
+        answer_deal(sites[0], Deal(session=messages[0].secure.session, offers=()))
+
+
+def test_a_restarted_site_has_left_the_attempt(sites: list[Site]) -> None:
+    message = asked(sites)
+    offered(sites[0], message)
+    secure._sessions.clear()
+    assert message.secure is not None
+    number = message.secure.session
+    answers: list[tuple[Callable[[Site, Any], Any], Any]] = [
+        (answer_deal, Deal(session=number, offers=())),
+        (answer_mask, Mask(session=number, shares=())),
+        (answer_agree, Agree(session=number, survivors=())),
+        (answer_unmask, Unmask(session=number, consents=())),
+    ]
+    for answer, said in answers:
+        with pytest.raises(StepRefused, match="'site-1' knows of no such attempt: it was restarted since"):
+            answer(sites[0], said)
+
+
+def test_a_release_that_is_gone_is_not_made_anew(sites: list[Site]) -> None:
+    message = asked(sites)
+    offers = tuple(offered(site, message).offer for site in sites)
+    assert message.secure is not None
+    number = message.secure.session
+    dealt = [answer_deal(site, Deal(session=number, offers=offers)).shares for site in sites]
+    for path in (sites[0].folder / "releases").iterdir():
+        path.unlink()
+    with pytest.raises(StepRefused, match="the release to be masked is gone"):
+        answer_mask(sites[0], Mask(session=number, shares=tuple(shares[0] for shares in dealt)))
+
+
+def test_what_was_masked_never_leaves_in_the_clear(sites: list[Site]) -> None:
+    """The attack: ask for a sum, then for the same update by itself."""
+    message = asked(sites)
+    offered(sites[0], message)
+    for plain in (replace(message, secure=None), replace(message, secure=None, server_round=2)):
+        said = decode(ask(sites[0].folder, plain).content)
+        assert isinstance(said, Refusal)
+        assert said.code is RefusalCode.POLICY
+    assert "is now to go on in the clear" in (sites[0].folder / "site.log").read_text()
+    assert isinstance(
+        decode(ask(sites[0].folder, replace(message, secure=None, run="other")).content), Release
+    )
+
+
+def test_a_site_may_insist_on_masks(sites: list[Site]) -> None:
+    change_site(sites[0].folder, **{"secure-aggregation": {"required": True}})
+    message = asked(sites)
+    said = decode(ask(sites[0].folder, replace(message, secure=None)).content)
+    assert isinstance(said, Refusal)
+    assert said.code is RefusalCode.POLICY
+    log = (sites[0].folder / "site.log").read_text()
+    assert "to allow that, change secure-aggregation.required in site.toml" in log
+    assert isinstance(decode(ask(sites[0].folder, message).content), Ready)
+
+
+def test_the_policy_holds_for_what_is_masked(sites: list[Site]) -> None:
+    change_site(sites[0].folder, policy={"metrics": [], "max-release-bytes": 10})
+    said = decode(ask(sites[0].folder, asked(sites)).content)
+    assert isinstance(said, Refusal)
+    assert said.code is RefusalCode.POLICY
+
+
+def test_a_lost_key_is_not_replaced(sites: list[Site]) -> None:
+    message = asked(sites)
+    sites[0].ledger()
+    (sites[0].folder / "site.key").unlink()
+    with pytest.raises(KeyUnusable, match=r"site\.key is missing, so nothing can be signed"):
+        answer_request(sites[0], message)
+    said = decode(ask(sites[0].folder, asked(sites[1:] + sites[:1], attempt=2)).content)
+    assert isinstance(said, Refusal)
+    assert said.code is RefusalCode.LEDGER
+
+
+def test_pins_of_the_settings_stand_above_those_of_the_file(sites: list[Site]) -> None:
+    own = sites[0].pins()
+    (sites[0].folder / PINS_FILE).write_text(f'[pins]\n"site-2" = "{"ab" * 32}"\n"site-9" = "{"cd" * 32}"\n')
+    assert sites[0].pins() == {**own, "site-9": "cd" * 32}
+    (sites[0].folder / PINS_FILE).write_text('[pins]\n"site-2" = "its key"\n')
+    with pytest.raises(SettingsError, match=r"pins\.toml cannot be used"):
+        sites[0].pins()
