@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from clipward.compare_rows import LEVEL, Estimate, Row, by_setting
 from server.federation import Metric
 
+SITES_TOLD = 12  # of more, those that gain most and least
+
 
 def reading(rows: Sequence[Row], *, metric: Metric, pairs: int, sites: int) -> list[str]:
     """One paragraph a federation, and what holds for all arms.
@@ -80,12 +82,12 @@ def _joining(row: Row, alone: Sequence[Row], metric: Metric) -> Iterator[str]:
     gains = {site: gain for site, gain in found.items() if gain is not None}
     if not gains:
         return
-    order = sorted(gains, key=lambda site: gains[site].mean)
-    ends = dict.fromkeys((order[-1], order[0]))
+    order = sorted(gains, key=lambda site: -gains[site].mean)
+    told = order if len(order) <= SITES_TOLD else [order[0], order[-1]]
     better = sum(gain.mean > 0 for gain in gains.values())
     yield (
-        f"Joining is better than training alone for {better} of {len(gains)} sites: "
-        f"{' to '.join(f'{site} {_gain(metric, gains[site])}' for site in ends)}."
+        f"Joining is better than training alone for {better} of {len(gains)} sites, in points of it: "
+        f"{', '.join(f'{site} {_gain(metric, gains[site])}' for site in told)}."
     )
     seeds = len(row.values[metric])
     if seeds == 1:

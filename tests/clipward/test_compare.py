@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from client.site import Site
+from clipward import compare_reading
 from clipward.cli import app
 from clipward.compare import compare
 from clipward.compare_arms import Arm, Asked, arms_of
@@ -322,7 +324,7 @@ def test_a_site_that_refuses_has_no_figures_and_the_others_do(hospitals: Path) -
     assert rows["federation"].sites == 2
     text = "\n".join(comparison.reading)
     assert "Only 2 of 3 sites trained in it" in text
-    assert "of 2 sites: site-" in text
+    assert "of 2 sites, in points of it: site-" in text
     assert "no privacy, site-2 alone: not every seed has figures: round 1: 0 sites replied" in text
 
 
@@ -391,9 +393,20 @@ def test_the_reading_says_who_gains_and_how_sure_that_is(told: Callable[..., lis
     text = reading(rows, metric="retrieval.image_to_text.r10", pairs=50, sites=2)[0]
     assert "the federation reaches 31.0 ± 12.7 % image to text R@10 (chance 10.0 %)" in text
     assert "0.76 of pooled (41.0 ± 12.7 %) and 0.68 of its lift over chance" in text
-    assert "better than training alone for 1 of 2 sites: site-1 +10.0 ± 0.0 to site-2 -2.0 ± 38.1" in text
+    assert "better than training alone for 1 of 2 sites" in text
+    assert ": site-1 +10.0 ± 0.0, site-2 -2.0 ± 38.1." in text
     assert "zero is outside the 95% interval of that gain for 1 of them" in text
     assert "Only" not in text
+
+
+def test_of_many_sites_the_ends_are_told(
+    told: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_reading, "SITES_TOLD", 2)
+    rows = told({"federation": [0.3], "pooled": [0.3], "site-1 alone": [0.2], "site-2 alone": [0.1]})
+    between = replace(rows[-1], site="site-3", values={MEASURES[2]: {0: 0.15}})
+    text = reading([*rows, between], metric="retrieval.image_to_text.r10", pairs=50, sites=3)[0]
+    assert ": site-2 +20.0, site-1 +10.0." in text
 
 
 def test_one_seed_is_called_what_it_is(told: Callable[..., list[Row]]) -> None:
