@@ -122,6 +122,22 @@ def sign(site: SiteFolder) -> None:
     typer.echo(f"signed with key {ledger.key.public}")
 
 
+@app.command()
+def key(site: SiteFolder) -> None:
+    """Print the public key of a site, to be given to others by another way than the coordinator.
+
+    Where there is neither key nor ledger, the key is made.
+
+    Example: clipward budget key demo/site-1
+    """
+    from client.site import Site
+    from clipward.console import errors_in_one_line
+
+    with errors_in_one_line(_expected()):
+        public = Site.open(site).key().public
+    typer.echo(public)
+
+
 def spending(site: "Site", ledger: "Ledger") -> dict[str, Any]:
     """What was charged and what is left, ready for JSON; an epsilon without bound is None."""
     from privacy.accounting import epsilon

@@ -312,12 +312,15 @@ class SecureAggregation(Settings):
             one: more than half of the sites asked, and at least ``strategy.min-sites``.
         value_range: Largest magnitude of a value in an update; one beyond it is refused by its site.
         step_seconds: Longest wait for one of the four steps after the training.
+        skip_failed: Pass over a round of which no sum was made however often it was repeated: the weights
+            stay, and what it cost its sites stays spent. False: the run stops, and can be resumed.
         sites: Public key of each site (its ``site.pub``). A simulation reads them from its sites' folders.
     """
 
     threshold: int | None = Field(default=None, ge=2)
     value_range: float = Field(default=1.0, ge=2**-32, le=2**32)
     step_seconds: float = Field(default=300.0, gt=0)
+    skip_failed: bool = False
     sites: dict[str, PublicKey] = Field(default_factory=dict)
 
     @staticmethod

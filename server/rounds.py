@@ -148,7 +148,7 @@ class _Run:
         outcome = self._agreed(server_round, base)
         exchanged = outcome.seconds - outcome.aggregate_seconds
         begin = time.monotonic()
-        arrays = {**base, **self._strategy.finish()}
+        arrays = {**base, **self._strategy.finish()} if outcome.replied else base
         combined = time.monotonic() - begin + outcome.aggregate_seconds
         # Sites round their seconds up, so what they say can be more than there was.
         train = min(exchanged, _train_seconds(outcome.replied.values(), in_turn=self._in_turn))
@@ -169,6 +169,9 @@ class _Run:
             outcome = self._asked(server_round, base)
             if len(outcome.replied) >= strategy.min_sites:
                 return outcome
+            if attempt > strategy.round_retries and outcome.reason and self._skips_failed:
+                self._log.record("round_skipped", round=server_round, reason=outcome.reason)
+                return outcome
             if attempt > strategy.round_retries:
                 raise QuorumError(_too_few(server_round, outcome, strategy.min_sites, attempts=attempt))
             self._log.record(
@@ -178,6 +181,11 @@ class _Run:
                 reason=outcome.reason
                 or f"{len(outcome.replied)} sites replied, {strategy.min_sites} are needed",
             )
+
+    @property
+    def _skips_failed(self) -> bool:
+        secure = self._federation.secure_aggregation
+        return secure is not None and secure.skip_failed
 
     def _asked(self, server_round: int, base: Arrays) -> Outcome:
         """Ask the sites of the draw once."""

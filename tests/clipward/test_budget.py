@@ -187,6 +187,16 @@ def test_a_missing_site_or_ledger_is_named_with_the_remedy_and_not_made(command:
     assert not (folder / "ledger.sqlite").exists()
 
 
+def test_a_site_without_a_ledger_gets_a_key_that_stays(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(
+        'version = 1\nname = "north"\n[cohort]\ntable = "absent.csv"\npatients-declared = 25\n'
+    )
+    first, again = invoke("key", tmp_path), invoke("key", tmp_path)
+    assert first.exit_code == 0
+    assert first.output == again.output == (tmp_path / "site.pub").read_text()
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
 def test_a_lost_key_reads_but_does_not_charge_until_the_ledger_is_signed_over(
     folder: Path, noise: float
 ) -> None:

@@ -325,6 +325,33 @@ def test_sites_that_saw_the_sum_of_some_complete_that_one_and_no_other(
     assert close(arrays, run.moved_by(["site-1", "site-2", "site-3"]))
 
 
+def test_a_site_that_agreed_and_is_gone_is_waited_for_by_name_or_the_round_is_passed_over(
+    four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(four, training={"rounds": 2})
+    with monkeypatch.context() as first:
+        dying(first, "answer_unmask", "site-1", "site-2")
+        with pytest.raises(QuorumError):
+            run.go()
+    dying(monkeypatch, "answer_mask", "site-4", times=2)
+    with pytest.raises(QuorumError, match="agree to no other; missing: site-4: go on when they are back"):
+        run.go(resume=True)
+    table = run.settings.secure_aggregation
+    assert table is not None
+    skipping = table.model_copy(update={"skip_failed": True})
+    run.settings = run.settings.model_copy(update={"secure_aggregation": skipping})
+    arrays = run.go(resume=True)
+    assert [event["round"] for event in run.events("round_skipped")] == [1]
+    assert [event["replied"] for event in run.events("round_finished")] == [0, 4]
+    skipped, after = (
+        checkpoints._load(run.run_dir / "checkpoints" / f"round-000{number}", number).arrays
+        for number in (1, 2)
+    )
+    assert same(skipped, run.start)
+    assert same(after, arrays)
+    assert not close(after, run.start)
+
+
 def test_a_coordinator_that_forgot_what_it_asked_is_refused(
     four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
