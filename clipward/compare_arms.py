@@ -147,7 +147,7 @@ def _document(federation: Federation, asked: Asked, *, mode: Mode, part: Part, s
         if federation.public_start is None:
             whole["model"]["seed"] = seed
     if mode == "dp":
-        epsilon = asked.epsilon or federation.privacy.epsilon
+        epsilon = federation.privacy.epsilon if asked.epsilon is None else asked.epsilon
         if epsilon is None:
             raise SettingsError(
                 f"{federation.name} names no epsilon: say --epsilon for the arms with privacy"

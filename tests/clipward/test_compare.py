@@ -171,6 +171,9 @@ def test_privacy_needs_an_epsilon_and_every_arm_must_be_a_file_that_could_be_wri
         arms_of(plain(tmp_path), Asked.parse(privacy="dp"), NAMES)
     with pytest.raises(SettingsError, match=r"training.rounds: Input should be greater than"):
         arms_of(federation(tmp_path), Asked(rounds=0), NAMES)
+    for epsilon in (0.0, float("nan")):
+        with pytest.raises(SettingsError, match=r"privacy.epsilon: Input should be greater than 0"):
+            arms_of(federation(tmp_path), Asked(epsilon=epsilon), NAMES)
 
 
 @pytest.fixture(scope="module")
