@@ -8,18 +8,20 @@ import importlib
 import importlib.util
 import json
 import os
+import statistics
 import tempfile
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import gdcm
 import numpy as np
-import pydicom
 import typer
 from numpy.typing import NDArray
 from PIL import Image
@@ -48,6 +50,7 @@ Reader = Callable[[Path, int], Picture]
 
 TEXTBOOK, OURS, MONAI = "textbook", "ours", "monai"
 JPEG_LOSSLESS = "jpeg-lossless"
+PACKED = "packed cohort"
 ROWS, COLUMNS = 3056, 2544
 RATIO = 10  # of lossy JPEG 2000
 GOALS = {
@@ -58,6 +61,8 @@ GOALS = {
 }  # times the textbook
 CACHE_GOAL = 50_000  # samples a second
 COHORT, BATCH, READS = 64, 32, 200  # pairs of the cohort that is read from; rows and repetitions of a read
+REPEATS, FILES = 7, 256
+QUICK_REPEATS, QUICK_FILES = 3, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +70,20 @@ class Measurement:
     """One line of the table.
 
     Attributes:
-        megabytes: Size of the file.
-        seconds: Least processor time of one image over the repetitions.
+        what: How the image is stored.
+        who: Reader.
+        file_bytes: Size of the file.
+        seconds: Processor time of one image, by repetition.
         peak_bytes: Most bytes that Python and numpy held for one image, the file's mapping not among them.
         mean_difference: Mean distance to the textbook's image, in grey levels of 255.
         most_difference: Largest one.
         reason: Why there is no figure.
     """
 
-    syntax: str
-    reader: str
-    megabytes: float | None = None
-    seconds: float | None = None
+    what: str
+    who: str
+    file_bytes: int | None = None
+    seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
     mean_difference: float | None = None
     most_difference: int | None = None
@@ -178,8 +185,18 @@ def ours(path: Path, size: int) -> Picture:
 
 def monai(path: Path, size: int) -> Picture:
     """MONAI's loader of two-dimensional images, which knows neither windows nor MONOCHROME1."""
-    load = importlib.import_module("monai.transforms").LoadImage(reader="PydicomReader", image_only=True)
-    return _square(_stretched(np.asarray(load(path)).squeeze().T), size)  # it gives columns first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a radiograph has no place in space
+        values = np.asarray(_monais_loader()(path))
+    return _square(_stretched(values.squeeze().T), size)  # it gives columns first
+
+
+@cache
+def _monais_loader() -> Callable[[Path], Any]:
+    loader: Callable[[Path], Any] = importlib.import_module("monai.transforms").LoadImage(
+        reader="PydicomReader", image_only=True
+    )
+    return loader
 
 
 def _stretched(values: NDArray[Any]) -> Picture:
@@ -214,7 +231,7 @@ def measure(
         try:
             WRITERS[syntax](path, radiograph(rows, columns))
         except Exception as error:  # an encoder that is not there is a line of the table
-            found.extend(Measurement(syntax=syntax, reader=name, reason=str(error)) for name in READERS)
+            found.extend(Measurement(what=syntax, who=name, reason=str(error)) for name in READERS)
             continue
         found.extend(_measured(syntax, path, size=size, repeats=repeats))
     return found
@@ -224,7 +241,7 @@ def _measured(syntax: str, path: Path, *, size: int, repeats: int) -> list[Measu
     lines: dict[str, Measurement] = {}
     reference = textbook(path, size).astype(int)
     for name, reader in READERS.items():
-        line = Measurement(syntax=syntax, reader=name, megabytes=path.stat().st_size / 1e6)
+        line = Measurement(what=syntax, who=name, file_bytes=path.stat().st_size)
         if name == MONAI and importlib.util.find_spec("monai") is None:
             lines[name] = replace(line, reason="MONAI is not installed")
             continue
@@ -240,7 +257,7 @@ def _measured(syntax: str, path: Path, *, size: int, repeats: int) -> list[Measu
         for name, line in lines.items():
             if line.reason is None:
                 seconds = _processor_time(partial(READERS[name], path, size))
-                lines[name] = replace(line, seconds=min(seconds, line.seconds or seconds))
+                lines[name] = replace(line, seconds=(*line.seconds, seconds))
     return list(lines.values())
 
 
@@ -259,34 +276,44 @@ def _peak_bytes(call: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def scan_rates(
-    folder: Path, syntax: str, *, files: int, workers: Sequence[int], rows: int, columns: int, size: int
+def scan_rows(
+    folder: Path,
+    syntax: str,
+    *,
+    files: int,
+    workers: Sequence[int],
+    rows: int,
+    columns: int,
+    size: int,
+    repeats: int,
 ) -> list[dict[str, Any]]:
-    """Headers and images a second of wall time, over links to one file, with each number of processes."""
+    """Wall time of a header and of an image, over links to one file, with each number of processes."""
     path = folder / f"{syntax}-many.dcm"
     WRITERS[syntax](path, radiograph(rows, columns))
     links = [folder / f"{syntax}-{number}.dcm" for number in range(files)]
     for link in links:
         os.link(path, link)
+    calls: dict[str, Callable[[Path], object]] = {
+        "headers": read_header,
+        "images": partial(DicomFolder.render, size=size),
+    }
     found = []
     for count in workers:
-        typer.echo(f"{syntax}: {files} files with {count} processes", err=True)
         with Workers(count, items=files) as pool:
-            rates = {}
-            for name, function in (
-                ("headers", read_header),
-                ("images", partial(DicomFolder.render, size=size)),
-            ):
+            for name, function in calls.items():
+                typer.echo(f"{syntax}: {name} of {files} files with {count} processes", err=True)
                 list(pool.map(function, links))  # every process has loaded its libraries now
-                start = time.perf_counter()
-                list(pool.map(function, links))
-                rates[f"{name}_per_second"] = files / (time.perf_counter() - start)
-        found.append({"syntax": syntax, "workers": count, **rates})
+                seconds = []
+                for _ in range(repeats):
+                    start = time.perf_counter()
+                    list(pool.map(function, links))
+                    seconds.append((time.perf_counter() - start) / files)
+                found.append(_row(f"{syntax} {name}", OURS, seconds) | {"workers": count, "files": files})
     return found
 
 
-def cache_rate(folder: Path, *, size: int) -> float:
-    """Samples a second of processor time from a packed cohort, in random batches."""
+def cache_row(folder: Path, *, size: int, repeats: int) -> dict[str, Any]:
+    """Processor time of a sample that is read from a packed cohort, in random batches."""
     typer.echo(f"reading from a cohort of {COHORT} pairs", err=True)
     images = _cohort(folder, size).images
     rng = np.random.default_rng(0)
@@ -297,7 +324,7 @@ def cache_rate(folder: Path, *, size: int) -> float:
             images[batch]
 
     read()
-    return READS * BATCH / min(_processor_time(read) for _ in range(3))
+    return _row(PACKED, OURS, [_processor_time(read) / (READS * BATCH) for _ in range(repeats)])
 
 
 def _cohort(folder: Path, size: int) -> Cohort:
@@ -317,52 +344,77 @@ def _cohort(folder: Path, size: int) -> Cohort:
 # --- reporting ----------------------------------------------------------------------------------------------
 
 
-def ratios(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Each measurement with its rate and how many times faster and smaller it is than the textbook's."""
-    base = {each.syntax: each for each in measurements if each.reader == TEXTBOOK}
+def rows_of(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Each measurement as a row, with what it takes as a multiple of the textbook."""
+    base = {each.what: each for each in measurements if each.who == TEXTBOOK}
     return [
         {
-            **asdict(each),
-            "images_per_second": _over(1, each.seconds),
-            "times_faster": _over(base[each.syntax].seconds, each.seconds),
-            "times_smaller": _over(base[each.syntax].peak_bytes, each.peak_bytes),
-            "goal": GOALS.get(each.syntax) if each.reader == OURS else None,
+            **_row(each.what, each.who, each.seconds),
+            "file_bytes": each.file_bytes,
+            "peak_bytes": each.peak_bytes,
+            "peak_ratio": _over(each.peak_bytes, base[each.what].peak_bytes),
+            "ratio": _over(_median(each.seconds), _median(base[each.what].seconds)),
+            "ratio_to": f"{each.what} {TEXTBOOK}",
+            "mean_difference": each.mean_difference,
+            "most_difference": each.most_difference,
+            "reason": each.reason,
         }
         for each in measurements
     ]
+
+
+def _row(what: str, who: str, seconds: Sequence[float]) -> dict[str, Any]:
+    spread = max(seconds) - min(seconds) if seconds else None
+    return {"what": what, "who": who, "seconds": _median(seconds), "spread": spread}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _over(value: float | None, base: float | None) -> float | None:
     return None if value is None or not base else value / base
 
 
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {name: _version(name) for name in ("torch", "pydicom", "monai")}
+    return {"cores": len(os.sched_getaffinity(0)), "memory": memory, "device": "cpu", **versions}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, with a footnote for each reason why a figure is missing."""
-    header = ["stored as", "MB", "reader", "ms", "images/s", "times faster", "peak MB", "times smaller"]
-    lines = [[*header, "mean / max difference", "goal"], ["---"] * (len(header) + 2)]
-    notes: list[str] = []
+    header = ["stored as", "MB", "reader", "ms", "spread", "images/s", "times faster", "peak MB"]
+    header += ["times smaller", "mean / max difference", "goal"]
+    lines, notes = [header, ["---"] * len(header)], list[str]()
     for row in rows:
         if row["reason"] and row["reason"] not in notes:
             notes.append(row["reason"])
         mark = f" [{notes.index(row['reason']) + 1}]" if row["reason"] else ""
-        cells = [row["syntax"], _cell(row["megabytes"]), row["reader"] + mark, _cell(row["seconds"], 1e3)]
-        cells += [_cell(row["images_per_second"]), _cell(row["times_faster"])]
-        cells += [_cell(row["peak_bytes"], 1e-6), _cell(row["times_smaller"])]
+        faster = _over(1, row["ratio"])
+        cells = [row["what"], _cell(row["file_bytes"], 1e-6), row["who"] + mark]
+        cells += [_cell(row["seconds"], 1e3), _cell(row["spread"], 1e3), _cell(_over(1, row["seconds"]))]
+        cells += [_cell(faster), _cell(row["peak_bytes"], 1e-6), _cell(_over(1, row["peak_ratio"]))]
         cells.append(f"{_cell(row['mean_difference'], digits=2)} / {_cell(row['most_difference'], digits=0)}")
-        lines.append([*cells, _goal_cell(row["times_faster"], row["goal"])])
+        goal = GOALS.get(row["what"]) if row["who"] == OURS else None
+        lines.append([*cells, _goal_cell(faster, goal)])
     notes = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ([""] if notes else []) + notes)
 
 
-def sentences(scans: Sequence[Mapping[str, Any]], samples_per_second: float) -> str:
+def sentences(scans: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]) -> str:
     """What the table does not hold."""
-    lines = [
-        f"{each['syntax']}, {each['workers']} processes: {each['headers_per_second']:.0f} headers/s, "
-        f"{each['images_per_second']:.1f} images/s"
-        for each in scans
-    ]
-    goal = _goal_cell(samples_per_second, CACHE_GOAL)
-    return "\n".join([*lines, f"packed cohort: {samples_per_second:.0f} samples/s ({goal})"])
+    lines = [f"{each['what']}, {each['workers']} processes: {1 / each['seconds']:.1f}/s" for each in scans]
+    samples = 1 / packed["seconds"]
+    return "\n".join([*lines, f"{PACKED}: {samples:.0f} samples/s ({_goal_cell(samples, CACHE_GOAL)})"])
 
 
 def _cell(value: float | None, scale: float = 1.0, *, digits: int = 1) -> str:
@@ -396,33 +448,39 @@ def main(
     rows: Annotated[int, typer.Option(min=16, help="Rows of the files.")] = ROWS,
     columns: Annotated[int, typer.Option(min=16, help="Columns of the files.")] = COLUMNS,
     size: Annotated[int, typer.Option(min=16, help="Side of the packed image, in pixels.")] = 224,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the least time counts.")] = 5,
-    files: Annotated[int, typer.Option(min=2, help="Files of the scan, links to one.")] = 256,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help=f"Timed repetitions, whose median counts; {REPEATS} by default.")
+    ] = None,
+    files: Annotated[
+        int | None, typer.Option(min=2, help=f"Files of the scan, links to one; {FILES} by default.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Most processes of the scan;")] = len(
         os.sched_getaffinity(0)
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"{QUICK_REPEATS} repetitions, {QUICK_FILES} files.")
+    ] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
 ) -> None:
     """Compare packing an image with pydicom's own functions, by transfer syntax, and with MONAI's loader.
 
-    One run, one process: repetitions are interleaved and the least processor time of each counts, so that
-    other work on the machine disturbs the ratios little. Progress goes to stderr, the result to stdout.
+    One run, one process: repetitions are interleaved and processor time counts, so that other work on the
+    machine disturbs the ratios little. Progress goes to stderr, the table to stdout. MONAI takes part where
+    Python finds it.
     """
     chosen = [syntax for syntax in WRITERS if syntax in syntaxes.split(",")]
+    repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
+    files = files or (QUICK_FILES if quick else FILES)
+    sides = {"rows": rows, "columns": columns, "size": size, "repeats": repeats}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = ratios(measure(folder, chosen, rows=rows, columns=columns, size=size, repeats=repeats))
-        counts = sorted({1, workers})
-        scans = scan_rates(
-            folder, chosen[0], files=files, workers=counts, rows=rows, columns=columns, size=size
-        )
-        samples = cache_rate(folder, size=size)
-    if as_json:
-        settings = {"rows": rows, "columns": columns, "size": size, "pydicom": pydicom.__version__}
-        result = {"settings": settings, "rows": found, "scans": scans, "samples_per_second": samples}
-        typer.echo(json.dumps(result, indent=2))
-    else:
-        typer.echo(table(found) + "\n\n" + sentences(scans, samples))
+        found = rows_of(measure(folder, chosen, **sides))
+        scans = scan_rows(folder, chosen[0], files=files, workers=sorted({1, workers}), **sides)
+        packed = cache_row(folder, size=size, repeats=repeats)
+    if as_json is not None:
+        result = {"bench": "ingest", "machine": machine(), "rows": [*found, *scans, packed]}
+        as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    typer.echo(table(found) + "\n\n" + sentences(scans, packed))
 
 
 if __name__ == "__main__":
