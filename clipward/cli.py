@@ -103,7 +103,7 @@ def cohort_build(
     with errors_in_one_line(_expected()), progress_bars() as show:
         opened = Site.open(site)
         fetched = opened.fetch(on_progress=lambda done, total: show("fetch from the PACS", done, total))
-        cohort = opened.cohort(on_progress=lambda done, total: show("read files", done, total))
+        cohort = opened.cohort(on_progress=lambda done, total: show("read files", done // 2, total // 2))
     if fetched is not None:
         typer.echo(f"{'in the PACS':12} {fetched.instances:8}, {fetched.new} of them new")
         for code, count in fetched.codes.items():

@@ -5,13 +5,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from clipward.summary import epsilon_text
 
@@ -46,7 +57,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     if not console.is_terminal:
         yield _plain_progress()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -58,16 +75,34 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+class _Rate(ProgressColumn):
+    """Pieces a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s", style="dim")
+
+
 def _plain_progress() -> Callable[[str, int, int], None]:
     told: dict[str, float] = {}
+    began: dict[str, tuple[float, int]] = {}
 
     def show(what: str, done: int, total: int) -> None:
         now = time.monotonic()
+        since, first = began.setdefault(what, (now, done))
         if done == total or now - told.setdefault(what, now) >= PLAIN_SECONDS:
             told[what] = now
-            console.print(f"{what}: {done} of {total}", markup=False, highlight=False)
+            pace = _pace(done - first, total - done, now - since)
+            console.print(f"{what}: {done} of {total}{pace}", markup=False, highlight=False)
 
     return show
+
+
+def _pace(done: int, left: int, seconds: float) -> str:
+    """Rate, and the time left at it; nothing while neither is known."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    time_left = timedelta(seconds=round(left * seconds / done))
+    return f", {done / seconds:.1f}/s" + (f", {time_left} left" if left else "")
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:
