@@ -26,7 +26,7 @@ HEADERS = (
     "macro AUROC",
     "up",
     "down",
-    "seconds",
+    "s",
     "ε",
 )
 COSTS = ("bytes_up", "bytes_down", "seconds", "epsilon", "delta", "sites", "problem")
