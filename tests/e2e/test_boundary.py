@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import client.app
+import client.secure
 from client import answers, training
 from client.cohort import SourceMissingError, dicom_folder, display, pairing
 from client.cohort.packing import CohortWriter
@@ -149,7 +150,7 @@ LAYERS: list[Layer] = [
     ("facts gathered", answers, "_facts", quoting(AttributeError), "failed", True),
     ("release looked up", ReleaseStore, "find", raising(OSError(5, "bad", EVERYTHING)), "failed", True),
     ("release stored", ReleaseStore, "store", raising(OSError(28, "full", EVERYTHING)), "failed", True),
-    ("release cleared", client.app, "check_release", quoting(RecursionError), "failed", True),
+    ("release cleared", client.secure, "check_release", quoting(RecursionError), "failed", True),
     ("release encoded", client.app, "encode", for_releases(quoting(TypeError)), "failed", True),
     ("reply malformed", client.app, "encode", for_releases(malformed), "message", False),
     ("reply useless", answers, "train_privately", not_a_number, "message", False),

@@ -384,6 +384,20 @@ def test_sites_bound_to_a_sum_are_asked_alone(four: Path, monkeypatch: pytest.Mo
     assert run.events("sum_made")[0]["sites"] == NAMES[:3]
 
 
+def test_the_terms_of_a_masked_request_stay_although_a_site_is_gone(
+    four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as first:
+        dying(first, "answer_mask", "site-3", "site-4")
+        run = Run(four)
+        with pytest.raises(QuorumError):
+            run.go()
+    run.folders.pop()
+    run.go(resume=True)
+    assert run.pledge.terms.names == tuple(NAMES)
+    assert run.events("sum_made")[0]["sites"] == NAMES[:3]
+
+
 @pytest.mark.parametrize("step", range(10))
 def test_killed_at_any_step_and_resumed_the_result_is_the_same(
     step: int, four: Path, monkeypatch: pytest.MonkeyPatch
@@ -464,6 +478,18 @@ def test_a_site_that_sends_nonsense_drops_out(four: Path) -> None:
     arrays = run.go(grid=Overheard(run, nonsense))
     assert [(one["site"], one["code"]) for one in run.events("site_dropped_out")] == [("site-2", "message")]
     assert close(arrays, run.moved_by(["site-1", "site-3", "site-4"]))
+
+
+def test_a_site_cannot_mask_for_another(four: Path) -> None:
+    def other(action: str, reply: Message) -> Message:
+        said = decode(reply.content) if action == MASK else None
+        if not isinstance(said, Masked) or said.site != "site-2":
+            return reply
+        return Message(encode(Masked(site="site-3", arrays=said.arrays)), reply_to=_asked(reply))
+
+    run = Run(four)
+    run.go(grid=Overheard(run, other))
+    assert [(one["site"], one["code"]) for one in run.events("site_dropped_out")] == [("site-2", "message")]
 
 
 def test_a_site_cannot_answer_for_another(four: Path) -> None:
