@@ -58,11 +58,12 @@ class Kept(Generic[P, R]):
         return self._kept[key][0]
 
     def cache_clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, counts included."""
         self._kept.clear()
+        self._hits = self._misses = 0
 
     def cache_info(self) -> CacheInfo:
-        """Hits and misses since the process began, and what is held now."""
+        """Hits and misses since it was last cleared, and what is held now."""
         self._measure_newest()
         held = sum(size for _, size in self._kept.values())
         return CacheInfo(hits=self._hits, misses=self._misses, held_bytes=held, entries=len(self._kept))
