@@ -7,16 +7,16 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.accounting import PoissonGaussian
 from privacy.errors import PrivacyError
+from privacy.mechanism import WholeCohort
 from privacy.noise import GaussianNoise
 
 _GRID = 2.0**-24  # of the bound: a patient's 1e-7, and sums of 5e8 patients are exact in float64
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossRelease:
-    """The Gaussian mechanism on the sum of all patients' losses, each cut to a range, once.
+class LossRelease(WholeCohort):
+    """The sum of all patients' losses, each cut to a range, with noise.
 
     Guarantees:
         Adding or removing a patient moves `clipped_sum` by at most ``sensitivity``, and `release` of it is
@@ -25,7 +25,6 @@ class LossRelease:
     Attributes:
         max_loss: Bound on a patient's loss, positive and finite; larger ones, and what is no number, count as
             the bound, negative ones as zero.
-        noise_multiplier: Noise standard deviation divided by the sensitivity.
 
     Raises:
         PrivacyError: ``max_loss`` is out of its range.
@@ -33,14 +32,8 @@ class LossRelease:
     """
 
     max_loss: float
-    noise_multiplier: float
 
     kind: ClassVar[str] = "losses"
-    unit: ClassVar[str] = "patient"
-    adjacency: ClassVar[str] = "add_remove"
-    sampler: ClassVar[str] = "none"
-    sample_rate: ClassVar[float] = 1.0
-    steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.max_loss < math.inf:
@@ -48,26 +41,9 @@ class LossRelease:
         _ = self.event  # checks the noise multiplier
 
     @property
-    def max_grad_norm(self) -> float:
-        """The bound on a contribution, by the name that ledger and releases have for it."""
-        return self.max_loss
-
-    @property
     def sensitivity(self) -> float:
         """How far one patient moves the sum."""
         return self.max_loss
-
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation of the noise on the sum."""
-        return self.noise_multiplier * self.sensitivity
-
-    @property
-    def event(self) -> PoissonGaussian:
-        """What the accountant is told."""
-        return PoissonGaussian(
-            sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=self.steps
-        )
 
     def clipped_sum(self, raw_losses: NDArray[np.floating]) -> float:
         """Sum of the patients' cut losses, one each, shape (P,); private until it is released."""

@@ -4,6 +4,7 @@ Bounding is the engine's part (`privacy.engine`), noising is the mechanism's: ne
 tests.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -180,6 +181,48 @@ class MicrobatchDpSgd(_DpSgd):
 
     kind: ClassVar[str] = "microbatch"
     bounds_moved: ClassVar[int] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeCohort(ABC):
+    """The Gaussian mechanism on a sum over all patients, once; what is summed is for the children to say.
+
+    Attributes:
+        noise_multiplier: Noise standard deviation divided by the sensitivity.
+
+    Source:
+        Dwork and Roth (2014), appendix A.
+    """
+
+    noise_multiplier: float
+
+    unit: ClassVar[str] = "patient"
+    adjacency: ClassVar[str] = "add_remove"
+    sampler: ClassVar[str] = "none"
+    sample_rate: ClassVar[float] = 1.0
+    steps: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def sensitivity(self) -> float:
+        """How far one patient moves the sum, in L2 norm."""
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The bound on a contribution, by the name that ledger and releases have for it."""
+        return self.sensitivity
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on every coordinate of the sum."""
+        return self.noise_multiplier * self.sensitivity
+
+    @property
+    def event(self) -> PoissonGaussian:
+        """What the accountant is told."""
+        return PoissonGaussian(
+            sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=self.steps
+        )
 
 
 # By kind, which is also the name of the objective whose sensitivity it knows: no other claims an epsilon.

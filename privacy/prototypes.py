@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy.accounting import PoissonGaussian
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
-from privacy.mechanism import LARGEST_NORM, LEAST_NORM
+from privacy.mechanism import LARGEST_NORM, LEAST_NORM, WholeCohort
 from privacy.noise import GaussianNoise
 from privacy.noisy_sums import MODALITIES, Modality, NoisySums
 
@@ -41,8 +40,8 @@ class RawRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrototypeRelease:
-    """The Gaussian mechanism on sums of embeddings and counts by concept, over all patients, once.
+class PrototypeRelease(WholeCohort):
+    """Sums of embeddings and counts by concept, over all patients, with noise.
 
     A patient's contribution is one vector, over both modalities and all concepts: the mean over their rows
     of member times (embedding, ``count_weight``). It is clipped as a whole, so that a patient of many
@@ -57,7 +56,6 @@ class PrototypeRelease:
         dimension: d of the embeddings, public.
         max_norm: Bound on a patient's contribution, in [1e-12, 1e12]. The square root of
             2 (1 + count_weight²) lets a patient with an image and a report of one concept pass unclipped.
-        noise_multiplier: Noise standard deviation divided by the sensitivity.
         count_weight: What a patient of one concept adds to its count, in the units of embeddings. Small, the
             count is noisy; large, the noise on the direction grows with the bound.
 
@@ -65,22 +63,15 @@ class PrototypeRelease:
         PrivacyError: a concept twice or none, or a number out of its range.
 
     Source:
-        Gaussian mechanism: Dwork and Roth (2014), appendix A; joint clipping as for a gradient, Abadi et al.
-        (2016), arXiv:1607.00133, algorithm 1.
+        Joint clipping as for a gradient: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
     """
 
     concepts: tuple[str, ...]
     dimension: int
     max_norm: float
-    noise_multiplier: float
     count_weight: float
 
     kind: ClassVar[str] = "prototypes"
-    unit: ClassVar[str] = "patient"
-    adjacency: ClassVar[str] = "add_remove"
-    sampler: ClassVar[str] = "none"
-    sample_rate: ClassVar[float] = 1.0
-    steps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not self.concepts or len(set(self.concepts)) < len(self.concepts):
@@ -97,23 +88,6 @@ class PrototypeRelease:
     def sensitivity(self) -> float:
         """How far one patient moves the sum, in L2 norm."""
         return self.max_norm
-
-    @property
-    def max_grad_norm(self) -> float:
-        """The bound on a contribution, by the name that ledger and releases have for it."""
-        return self.max_norm
-
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation of the noise on every coordinate, counts included."""
-        return self.noise_multiplier * self.sensitivity
-
-    @property
-    def event(self) -> PoissonGaussian:
-        """What the accountant is told."""
-        return PoissonGaussian(
-            sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=self.steps
-        )
 
     def clipped_sum(self, raw: Mapping[Modality, RawRows]) -> NDArray[np.float64]:
         """Sum of the patients' clipped contributions; private until it is released.
