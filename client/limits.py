@@ -66,6 +66,7 @@ class Policy(Settings):
     Attributes:
         require_dp: Refuse a run without differential privacy.
         epsilon_max: Budget of the cohort for its lifetime, per patient, add/remove one patient.
+        epsilon_run: Where a plan asks for a larger epsilon, noise is added as for this one.
         delta: Failure probability; by default 1 / (10 patients_declared), rounded down to a power of ten.
         min_patients: Refuse to train while fewer patients than this are *declared*. The true number decides
             nothing that can be seen under privacy, where it is private: if it is smaller, the site's own log
@@ -87,6 +88,7 @@ class Policy(Settings):
 
     require_dp: bool = True
     epsilon_max: float = Field(default=8.0, gt=0)
+    epsilon_run: float | None = Field(default=None, gt=0)
     delta: float | None = Field(default=None, gt=0, lt=1)
     min_patients: int = Field(default=20, ge=2)
     min_noise_multiplier: float = Field(default=0.3, gt=0)

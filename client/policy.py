@@ -154,9 +154,15 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
 
 def _budget(site: Site, plan: TrainingPlan) -> Rules:
     """A run that could not be ended within the budget is not begun."""
-    most = site.settings.policy.epsilon_max
-    above = plan.epsilon is not None and plan.epsilon > most
-    return {"epsilon-max": (above, f"the run's epsilon {plan.epsilon} is above policy.epsilon-max {most}")}
+    most, cost = site.settings.policy.epsilon_max, _epsilon_of_run(site, plan)
+    above = cost is not None and cost > most
+    return {"epsilon-max": (above, f"the run's epsilon {cost} is above policy.epsilon-max {most}")}
+
+
+def _epsilon_of_run(site: Site, plan: TrainingPlan) -> float | None:
+    """What the whole run may cost here: what the plan says, or less."""
+    least = site.settings.policy.epsilon_run
+    return plan.epsilon if plan.epsilon is None or least is None else min(plan.epsilon, least)
 
 
 def _apply(rules: Rules, *, code: RefusalCode = RefusalCode.POLICY) -> None:
@@ -186,7 +192,8 @@ def check_release(site: Site, release: Release) -> Release:
 def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     """The noise this site adds so that the whole run costs its patients at most the plan's epsilon.
 
-    Everything in it follows from public constants: the plan, the declared size, the policy.
+    Everything in it follows from public constants: the plan, the declared size, the policy. The site may ask
+    for more noise than the plan does (policy.epsilon-run).
 
     Raises:
         Refused: POLICY, where the plan would draw too many patients or add too little noise.
@@ -195,11 +202,12 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     sample_rate = plan.batch / site.settings.cohort.patients_declared
     reason = f"sample rate {sample_rate:.3g} is above policy.max-sample-rate {policy.max_sample_rate}"
     _apply({"max-sample-rate": (sample_rate > policy.max_sample_rate, reason)})
-    if plan.epsilon is None:
+    epsilon = _epsilon_of_run(site, plan)
+    if epsilon is None:
         raise Refused(RefusalCode.POLICY, "a plan with privacy names an epsilon")
     try:
         noise_multiplier = noise_multiplier_for(
-            epsilon=plan.epsilon,
+            epsilon=epsilon,
             delta=site.delta,
             sample_rate=sample_rate,
             steps=plan.rounds * plan.steps,

@@ -420,6 +420,7 @@ class SitePolicy(Settings):
     """What one site cut from a table holds otherwise than `SimulationPolicy` says."""
 
     epsilon_max: float | None = Field(default=None, gt=0)
+    epsilon_run: float | None = Field(default=None, gt=0)
     min_noise_multiplier: float | None = Field(default=None, gt=0)
 
 

@@ -153,9 +153,9 @@ def test_a_violation_is_a_code_outside_and_its_rule_and_remedy_inside(
 
 
 def test_every_rule_of_the_policy_is_tried_above() -> None:
-    """``delta`` and ``metrics`` change an answer, never whether there is one; ``timezone`` is half a rule."""
+    """``timezone`` is half a rule; the others change an answer, never whether there is one."""
     keys = {field.alias for field in Policy.model_fields.values()}
-    assert keys - {"delta", "metrics", "timezone"} == {key for key, *_ in FORBIDDEN}
+    assert keys - {"delta", "epsilon-run", "metrics", "timezone"} == {key for key, *_ in FORBIDDEN}
 
 
 def test_what_is_just_allowed_passes(folder: Path) -> None:
@@ -326,6 +326,19 @@ def test_all_rounds_together_cost_what_the_plan_says_and_no_more(rounds: int, fo
     exactly = f"min-noise-multiplier = {mechanism.noise_multiplier!r}"
     (folder / "site.toml").write_text(text.replace("min-noise-multiplier = 0.9", exactly))
     assert mechanism_for(Site.open(folder), plan(rounds=rounds)) == mechanism
+
+
+def test_a_site_may_add_the_noise_of_a_smaller_epsilon_than_the_plan_asks_for(folder: Path) -> None:
+    change_site(folder, policy={"min-noise-multiplier": None})
+    asked_for, own = mechanism_for(Site.open(folder), plan()), EPSILON / 4
+    change_site(folder, policy={"epsilon-run": own})
+    mechanism = mechanism_for(Site.open(folder), plan())
+    assert mechanism.noise_multiplier > asked_for.noise_multiplier
+    assert 0.98 * own < epsilon([mechanism.event] * ROUNDS, delta=Site.open(folder).delta) <= own
+    change_site(folder, policy={"epsilon-max": own})  # the plan's own epsilon no longer passes it
+    check_plan(Site.open(folder), asked())
+    change_site(folder, policy={"epsilon-run": 2 * EPSILON, "epsilon-max": EPSILON})
+    assert mechanism_for(Site.open(folder), plan()) == asked_for
 
 
 def test_an_objective_of_groups_has_twice_the_noise_at_the_same_cost(folder: Path) -> None:
