@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
-PACKAGES = ("client", "encoders", "privacy", "strategies")  # all of ours that a ClientApp imports
+PACKAGES = ("client", "encoders", "privacy", "strategies", "tasks")  # all of ours that a ClientApp imports
 KINDS = {".json", ".py"}
 
 
