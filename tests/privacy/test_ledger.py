@@ -824,7 +824,9 @@ def test_a_kill_at_any_moment_leaves_a_sound_ledger_with_every_charge_that_was_g
                     ledger.abandoned(reservation, code="failed")
 
     kills_in_a_transaction = 0
-    for kill in range(40):
+    for kill in range(
+        1_000
+    ):  # what the clock hits is luck: the first 40 that hit a transaction too are enough
         before = log.stat().st_size
         child = in_child(lambda start=1 + 10**6 * kill: charge_for_ever(start))  # type: ignore[misc]
         while log.stat().st_size == before:
@@ -843,7 +845,9 @@ def test_a_kill_at_any_moment_leaves_a_sound_ledger_with_every_charge_that_was_g
         }
         assert granted <= charged
         assert len(charged) <= len(granted) + kill + 1  # at most the one charge that the kill overtook
-    assert kills_in_a_transaction > 0
+        if kill >= 39 and kills_in_a_transaction:
+            return
+    pytest.fail("no kill came in the middle of a transaction")
 
 
 @pytest.mark.usefixtures("cheap_epsilon")
