@@ -131,11 +131,6 @@ class Question:
         """The request as it is sent, encoded once for all."""
         return encode(self.request)
 
-    @cached_property
-    def digest(self) -> str:
-        """Of the request, for all that have no correction of their own."""
-        return self.request.digest
-
     @property
     def replied(self) -> str:
         """The event of a release."""
@@ -245,7 +240,7 @@ class Exchange:
             run=request.run,
             server_round=request.server_round,
             site=site.name,
-            request=replace(request, correction=own).digest if own else question.digest,
+            request=replace(request, correction=own).digest if own else request.digest,
             bytes_down=size,
         )
         message = Message(

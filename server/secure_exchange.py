@@ -207,7 +207,7 @@ class SecureExchange:
     def _pledge(self, question: Question, sites: Sequence[Site]) -> Pledge:
         """The next attempt at this request, written down: under the terms of before, where sites masked."""
         before, request = self._pledges.of(question.request.server_round), question.request
-        if before is not None and before.terms.request == question.digest:
+        if before is not None and before.terms.request == request.digest:
             attempt = before.terms.attempt + 1
             if before.masked:
                 terms = replace(before.terms, attempt=attempt)
@@ -219,7 +219,7 @@ class SecureExchange:
         terms = Terms(
             run=request.run,
             server_round=request.server_round,
-            request=question.digest,
+            request=request.digest,
             attempt=attempt,
             participants=tuple(
                 Participant(

@@ -327,7 +327,7 @@ class TrainRequest:
     anchor: Anchor | None = None
     secure: Terms | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Identity of the request; deadline, anchor and terms are no part: asked again, it is the same."""
         facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json"), self.phase]
