@@ -11,24 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
 
-from client.app import app as client_app
 from client.cohort.salt import SALT_FILE
 from client.site import SITE_FILE, Site
-from clipward.backends import run_in_process
 from clipward.compare_arms import Arm
 from clipward.heterogeneity import pool
 from clipward.public_start import Progress, evaluation_set, prepare_start
-from clipward.simulate import prepare_sites
+from clipward.simulate import prepare_sites, run_sites
 from clipward.summary import summarise
-from server.app import coordinate
 from server.errors import QuorumError
-from server.evaluation import EvaluationSet, evaluator
+from server.evaluation import EvaluationSet
 from server.federation import Checkpoints, Federation
 from server.metrics import RELEASED, Event, read_events
-from server.start import STARTS, part_of, start_folder, start_of
+from server.start import STARTS, start_folder
 from strategies.files import write_text
 from strategies.settings import SettingsError
 
@@ -190,7 +185,6 @@ class Runner:
     def _train(self, arm: Arm, folder: Path, on_round: Callable[[int], None] | None) -> None:
         federation = arm.federation.model_copy(update={"checkpoints": Checkpoints(keep=1)})
         prepared = prepare_start(federation, cache=self._starts)
-        measure = evaluator(part_of(federation, prepared.bundle), self._held_out)
         sites = [
             _own_site(site, folder / "sites", private=federation.privacy.mode == "dp")
             for site in self._members(arm)
@@ -200,22 +194,15 @@ class Runner:
             if on_round is not None and event["kind"] == "round_finished":
                 on_round(event["round"])
 
-        server_app = ServerApp()
-
-        @server_app.main()  # type: ignore[untyped-decorator]
-        def main(grid: Grid, context: Context) -> None:
-            coordinate(
-                grid,
-                federation,
-                start=start_of(federation, prepared),
-                evaluate=measure,
-                run_dir=folder,
-                resume=True,
-                listeners=[tell],
-            )
-
-        configs = [{"site": str(site)} for site in sites]
-        run_in_process(server_app, client_app, node_configs=configs, run_config={})
+        run_sites(
+            federation,
+            prepared,
+            sites,
+            run_dir=folder,
+            held_out=self._held_out,
+            resume=True,
+            listeners=[tell],
+        )
 
 
 def _pooled_site(sites: Mapping[str, Site], root: Path) -> Site:

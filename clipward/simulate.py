@@ -92,8 +92,46 @@ def simulate(
     folders = prepare_sites(federation, run_dir)
     federation = with_keys(federation, folders)
     held_out = _held_out(folders, on_progress)
-    measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out else None
+    run_sites(
+        federation,
+        prepared,
+        folders,
+        run_dir=run_dir,
+        held_out=held_out,
+        backend=backend,
+        resume=resume,
+        listeners=listeners,
+    )
+    return finish(federation, run_dir, prepared, compare=compare)
 
+
+def run_sites(
+    federation: Federation,
+    prepared: Prepared,
+    folders: Sequence[Path],
+    *,
+    run_dir: Path,
+    held_out: EvaluationSet | None,
+    resume: bool,
+    backend: Backend = "in-process",
+    listeners: Sequence[Callable[[Event], None]] = (),
+) -> None:
+    """Run all rounds over the sites in ``folders``; what is left of it is in ``run_dir``.
+
+    Args:
+        federation: The run's settings.
+        prepared: Its start.
+        folders: Of the sites, each with a ``site.toml``.
+        run_dir: Folder of the run.
+        held_out: What the model is measured on; null: it is not.
+        resume: Go on from the last checkpoint, if there is one.
+        backend: In this process, or on Ray.
+        listeners: Told every event.
+
+    Raises:
+        RunError: the run cannot start or go on.
+    """
+    measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out else None
     server_app = ServerApp()
 
     @server_app.main()
@@ -110,7 +148,6 @@ def simulate(
 
     engine = run_on_ray if backend == "ray" else run_in_process
     engine(server_app, client_app, node_configs=[{"site": str(folder)} for folder in folders], run_config={})
-    return finish(federation, run_dir, prepared, compare=compare)
 
 
 def finish(
