@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import time
 import zlib
 from dataclasses import replace
@@ -94,7 +93,7 @@ def answer_train(site: Site, request: TrainRequest) -> Release:
         LedgerError: the ledger cannot be used, or is not whole.
     """
     check_plan(site, request)
-    torch.set_num_threads(site.settings.device.threads or os.cpu_count() or 1)
+    torch.set_num_threads(site.settings.device.cores)
     if request.plan.privacy == "none":
         return _without_claim(site, request)
     return _with_claim(site, request)

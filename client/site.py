@@ -1,5 +1,6 @@
 """One hospital's installation: its folder, its `site.toml`, its cohort, ledger and policy."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,7 +89,7 @@ class Device(Settings):
 
     Attributes:
         name: ``auto`` takes a GPU if there is one.
-        threads: Cores used; 0 means every core.
+        threads: Cores used; 0 leaves it to `cores`.
         engine: What clips under privacy; all give the same sums, ``book-keeping`` is the fast one.
         physical_batch: Patients (or groups) differentiated at a time; bounds memory, not results.
         precision: Of the model's products under privacy.
@@ -105,6 +106,16 @@ class Device(Settings):
         if self.precision != "float32" and self.engine != "book-keeping":
             raise ValueError(f"precision {self.precision!r} is for engine 'book-keeping': set one of the two")
         return self
+
+    @property
+    def cores(self) -> int:
+        """How many cores train: ``threads``, or else OMP_NUM_THREADS, or else all this process may use.
+
+        Whoever runs several side by side bounds each by the environment, as Ray does.
+        """
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        bound = int(asked) if asked.isdecimal() else 0
+        return self.threads or bound or len(os.sched_getaffinity(0))
 
 
 class Testing(Settings):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from client.cohort import SaltError, SourceMissingError, TooManyFailuresError
 from client.cohort.salt import SALT_FILE
-from client.site import Site, packed_cohort
+from client.site import Device, Site, packed_cohort
 from privacy.errors import WrongLedger
 from strategies.settings import SettingsError
 
@@ -45,6 +45,22 @@ def test_delta_follows_from_the_declared_size(declared: int, delta: float, tmp_p
 
 def test_the_hospital_may_choose_its_delta(tmp_path: Path) -> None:
     assert opened(tmp_path, SHORTEST + "[policy]\ndelta = 1e-9\n").delta == 1e-9
+
+
+def test_cores_are_those_of_the_file_or_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert (Device(threads=2).cores, Device().cores) == (2, 3)
+
+
+@pytest.mark.parametrize("unusable", [None, "", "0", "-1", "many", "4,2"])
+def test_without_a_number_of_threads_every_core_of_this_process_trains(
+    unusable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if unusable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", unusable)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 4, 5})  # of more that the machine has
+    assert Device().cores == 3
 
 
 @pytest.mark.parametrize(
