@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.nn import functional as F
 
 from privacy.bookkeeping import BookKeepingEngine
@@ -23,6 +23,7 @@ from privacy.noise import GaussianNoise
 pytestmark = pytest.mark.slow
 
 PROCESSES, PATIENTS, WIDTH = 2, 6, 5
+ATTEMPTS = 3
 MECHANISM = AnchoredDpSgd(max_grad_norm=0.5, noise_multiplier=2.0, sample_rate=0.1, steps=1)
 
 
@@ -75,7 +76,7 @@ def _in_process(rank: int, folder: str) -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=5),
     )
     together = DistributedEngine(engine())
     seen: dict[str, Any] = {
@@ -96,7 +97,8 @@ def _in_process(rank: int, folder: str) -> None:
         ),
     ]
     torch.save(seen, os.path.join(folder, f"seen-{rank}.pt"))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads can abort a process that takes its group down, after all was said
 
 
 def _refusal(act: Any) -> str:
@@ -109,9 +111,26 @@ def _refusal(act: Any) -> str:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    spawn(_in_process, args=(str(folder),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
-    return [torch.load(Path(folder) / f"seen-{rank}.pt") for rank in range(PROCESSES)]
+    folder = _ran_together(tmp_path_factory)
+    return [torch.load(folder / f"seen-{rank}.pt") for rank in range(PROCESSES)]
+
+
+def _ran_together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes left what they saw.
+
+    Gloo itself aborts a process now and then (seen with torch 2.13), which says nothing of ours: that is
+    tried again. An exception of our code is another one (`ProcessRaisedException`) and fails at once.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        folder = tmp_path_factory.mktemp("processes")
+        try:
+            spawn(_in_process, args=(str(folder),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
+        except ProcessExitedException:
+            if attempt == ATTEMPTS:
+                raise
+        else:
+            break
+    return folder
 
 
 @pytest.mark.parametrize("cut", [3, 1, 0, PATIENTS])
