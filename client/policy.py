@@ -77,7 +77,9 @@ def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
     """By key of the policy: whether the request breaks it, and how."""
     plan, policy = request.plan, site.settings.policy
     declared = site.settings.cohort.patients_declared
-    steps = plan.steps if plan.epochs is None else math.ceil(plan.epochs * declared / plan.batch)
+    steps = plan.steps
+    if plan.epochs is not None:
+        steps = math.ceil(plan.epochs * declared / plan.batch_of(declared))
     # Prototypes are as wide as embeddings are, which the model knows: `check_release` counts them.
     out = size_of(released(request), plan.wire) if request.phase == "train" else 0
     return {
@@ -199,7 +201,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
         Refused: POLICY, where the plan would draw too many patients or add too little noise.
     """
     policy = site.settings.policy
-    sample_rate = plan.batch / site.settings.cohort.patients_declared
+    sample_rate = plan.share_of(site.settings.cohort.patients_declared)
     reason = f"sample rate {sample_rate:.3g} is above policy.max-sample-rate {policy.max_sample_rate}"
     _apply({"max-sample-rate": (sample_rate > policy.max_sample_rate, reason)})
     epsilon = _epsilon_of_run(site, plan)

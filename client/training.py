@@ -128,7 +128,7 @@ def train_plainly(
         pairs,
         optimizer=optimizer,
         steps=steps,
-        batch=plan.batch,
+        batch=plain_batch(plan, pairs=len(pairs)),
         inverse_temperature=plan.inverse_temperature,
         augmented=plan.augment,
         rng=rng,
@@ -141,7 +141,14 @@ def train_plainly(
 
 def plain_steps(plan: TrainingPlan, *, pairs: int) -> int:
     """Steps of one round without privacy, for a site of so many pairs."""
-    return plan.steps if plan.epochs is None else max(1, round(plan.epochs * pairs / plan.batch))
+    if plan.epochs is None:
+        return plan.steps
+    return max(1, round(plan.epochs * pairs / plain_batch(plan, pairs=pairs)))
+
+
+def plain_batch(plan: TrainingPlan, *, pairs: int) -> int:
+    """Pairs of one step without privacy, for a site of so many."""
+    return max(1, round(plan.batch_of(pairs)))
 
 
 def _optimizer(

@@ -126,7 +126,8 @@ def arms_of(federation: Federation, asked: Asked, sites: Sequence[str]) -> list[
                     Arm(kind="federation", federation=_parsed(each))
                     for each in _variants(base, asked, federation, mode=mode)
                 ]
-                arms.append(Arm(kind="pooled", federation=_parsed(_pooled(base, together))))
+                pooled = _pooled(base, together, sites=len(sites))
+                arms.append(Arm(kind="pooled", federation=_parsed(pooled)))
                 alone = _parsed(_single(base))
                 arms += [Arm(kind="alone", site=site, federation=alone) for site in sites]
     return arms
@@ -189,10 +190,12 @@ def _single(base: Document) -> Document:
     return {**without, "share": share, "strategy": strategy}
 
 
-def _pooled(base: Document, together: int) -> Document:
-    """The same training for all data in one place, of which ``together`` sites are seen in a round."""
+def _pooled(base: Document, together: int, *, sites: int) -> Document:
+    """The same training for all data in one place, of which ``together`` of ``sites`` are seen in a round."""
     training = dict(base["training"])
-    if "epochs" not in training:
+    if "sample-rate" in training:
+        training["sample-rate"] *= together / sites  # a share of all patients is of every site's
+    elif "epochs" not in training:
         more = "batch" if base["privacy"]["mode"] == "dp" else "steps"
         training[more] *= together
     return {**_single(base), "training": training}

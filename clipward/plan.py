@@ -110,7 +110,7 @@ def plan(
         }
         settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if config is not None:
-            settings = _completed(settings, config)
+            settings = _completed(settings, config, patients=patients)
         if "batch" not in settings:
             raise _missing("--batch: expected patients per step")
         made = make_plan(patients_declared=patients, **settings)
@@ -174,7 +174,7 @@ def _check_picture(path: Path) -> None:
         raise ImpossiblePlan(f"no folder {path.parent} for --picture {path.name}: make it first")
 
 
-def _completed(given: dict[str, Any], config: Path) -> dict[str, Any]:
+def _completed(given: dict[str, Any], config: Path, *, patients: int) -> dict[str, Any]:
     """What was given, and the federation's own values for the rest."""
     from privacy.errors import ImpossiblePlan
     from server.federation import Federation
@@ -185,7 +185,7 @@ def _completed(given: dict[str, Any], config: Path) -> dict[str, Any]:
             f"{config} has privacy.mode = 'none': it promises nothing, so nothing is planned"
         )
     settings: dict[str, Any] = {
-        "batch": federation.training.batch,
+        "batch": federation.plan().batch_of(patients),
         "mechanism": federation.objective.name,
         "max_grad_norm": federation.privacy.max_grad_norm,
         "sites": federation.strategy.min_sites,

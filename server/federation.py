@@ -21,6 +21,7 @@ from strategies.settings import PairSource, Settings
 from strategies.strategy import SUMMED, StrategySettings
 from tasks.prompts import PROMPTS
 
+DEFAULT_BATCH = 64
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -215,6 +216,8 @@ class Training(Settings):
     """Local training: ``steps`` optimizer steps a round on ``batch`` expected patients each.
 
     Attributes:
+        sample_rate: Instead of ``batch``, the share of its patients that every site expects in a step: sites
+            of all sizes then add the same noise to their sums, and the smallest sets no limit to the largest.
         epochs: Instead of ``steps``, passes over the site's own pairs; only without privacy.
         keep_optimizer: Sites go on with their optimizer's state between rounds; only without privacy.
         schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
@@ -225,7 +228,8 @@ class Training(Settings):
     rounds: int = Field(default=10, ge=1)
     steps: int = Field(default=20, ge=1)
     epochs: int | None = Field(default=None, ge=1)
-    batch: int = Field(default=64, ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    sample_rate: float | None = Field(default=None, gt=0, le=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -234,6 +238,19 @@ class Training(Settings):
     studies_per_patient: int = Field(default=2, ge=1, le=64)
     augment: bool = False
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size_of_a_step(cls, table: Any) -> Any:
+        if not isinstance(table, dict) or table.keys() & {"sample-rate", "sample_rate"}:
+            return table
+        return {"batch": DEFAULT_BATCH, **table}
+
+    @model_validator(mode="after")
+    def _batch_or_rate(self) -> Self:
+        if (self.batch is None) == (self.sample_rate is None):
+            raise ValueError("name one: batch, or sample-rate")
+        return self
 
 
 class Strategy(StrategySettings):
@@ -669,6 +686,7 @@ class Federation(Settings):
             steps=self.training.steps,
             epochs=self.training.epochs,
             batch=self.training.batch,
+            sample_rate=self.training.sample_rate,
             learning_rate=self.training.learning_rate,
             weight_decay=self.training.weight_decay,
             schedule=self.training.schedule,

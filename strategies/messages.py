@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
@@ -136,6 +136,7 @@ class TrainingPlan(Facts):
         epochs: Instead of ``steps``, passes over the site's own pairs per round; only without privacy, since
             the number of steps would then tell the site's size.
         batch: Expected patients per step (a public number; sample rate = batch / declared patients).
+        sample_rate: Instead of ``batch``, the probability itself: the same share of every site.
         schedule: Learning rate over the whole run: constant, or a tenth of warm-up and a cosine to zero.
         keep_optimizer: The site goes on with its optimizer's state from the round before, which stays with it
             in memory; only without privacy. A site that was restarted begins anew.
@@ -167,7 +168,8 @@ class TrainingPlan(Facts):
     rounds: int = Field(ge=1)
     steps: int = Field(ge=1)
     epochs: int | None = Field(default=None, ge=1)
-    batch: int = Field(ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    sample_rate: float | None = Field(default=None, gt=0, le=1)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -191,6 +193,20 @@ class TrainingPlan(Facts):
     losses: LossPlan | None = None
     proximal: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _one_size_of_a_step(self) -> Self:
+        if (self.batch is None) == (self.sample_rate is None):
+            raise ValueError("a step is of a batch or of a sample rate: name one")
+        return self
+
+    def share_of(self, members: int) -> float:
+        """The probability with which one of so many joins a step."""
+        return (self.sample_rate or 0.0) + (self.batch or 0) / members  # one of the two is null
+
+    def batch_of(self, members: int) -> float:
+        """How many of so many are expected in a step."""
+        return (self.sample_rate or 0.0) * members + (self.batch or 0)
 
 
 class Hello(Facts):

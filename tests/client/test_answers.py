@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from client import answers
+from client import answers, training
 from client.answers import answer_hello, answer_install, answer_train
 from client.errors import Refused
 from client.personal import PersonalWeights
 from client.releases import ReleaseStore
 from client.site import Site
 from client.workbench import part_of, training_data
+from privacy import mechanism
 from privacy.errors import AlreadyReleased, HistoryLost, KeyUnusable, LedgerTampered, UnsoundTraining
+from privacy.sampling import poisson_sample
 from strategies.bundles import BundleStore
 from strategies.messages import Hello, RefusalCode, Release, TrainRequest, digest_of
 from strategies.wire import unpack
@@ -99,6 +101,29 @@ def test_the_charge_is_on_the_disk_before_a_patient_is_touched(
         monkeypatch.setattr(answers, name, spied)
     answer_train(site, anchored())
     assert seen == [["reserved"], ["reserved"]]
+
+
+def test_the_plans_sample_rate_is_drawn_at_divided_by_and_paid_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate, tossed, divisors = 0.3, [], []
+    draw, divide = poisson_sample, mechanism.Released.over
+
+    def watched_draw(generator: np.random.Generator, *, population: int, sample_rate: float) -> Any:
+        tossed.append(sample_rate)
+        return draw(generator, population=population, sample_rate=sample_rate)
+
+    def watched_division(released: mechanism.Released, divisor: float) -> mechanism.Released:
+        divisors.append(divisor)
+        return divide(released, divisor)
+
+    monkeypatch.setattr(training, "poisson_sample", watched_draw)
+    monkeypatch.setattr(mechanism.Released, "over", watched_division)
+    release = answer_train(site, anchored(batch=None, sample_rate=rate))
+    charge = site.ledger().rows()[1].body["request"]
+    assert charge["sample_rate"] == release.facts.sample_rate == rate
+    assert (tossed, divisors) == ([rate] * STEPS, [rate * PATIENTS] * STEPS)
+    assert [event.sample_rate for event in site.ledger().events()] == [rate]
 
 
 def test_the_same_request_gets_the_same_bytes_and_costs_nothing(site: Site) -> None:

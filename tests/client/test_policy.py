@@ -328,6 +328,25 @@ def test_all_rounds_together_cost_what_the_plan_says_and_no_more(rounds: int, fo
     assert mechanism_for(Site.open(folder), plan(rounds=rounds)) == mechanism
 
 
+RATE = 0.3
+
+
+def test_a_plans_sample_rate_is_the_rate_that_is_paid_for_whatever_the_sites_size(folder: Path) -> None:
+    change_site(folder, policy={"min-noise-multiplier": None})
+    asked_for = plan(batch=None, sample_rate=RATE)
+    small = mechanism_for(Site.open(folder), asked_for)
+    assert small.sample_rate == small.event.sample_rate == RATE
+    assert 0.99 * EPSILON < epsilon([small.event] * ROUNDS, delta=Site.open(folder).delta) <= EPSILON
+    large = mechanism_for(Site.open(change_site(folder, cohort={"patients-declared": 99})), asked_for)
+    assert (large.sample_rate, large.noise_std) == (RATE, small.noise_std)  # of one delta, so of one noise
+
+
+def test_a_plans_sample_rate_is_held_to_the_policys(folder: Path) -> None:
+    change_site(folder, policy={"max-sample-rate": 0.29})
+    with pytest.raises(Refused, match=r"sample rate 0.3 is above policy.max-sample-rate 0.29"):
+        mechanism_for(Site.open(folder), plan(batch=None, sample_rate=RATE))
+
+
 def test_a_site_may_add_the_noise_of_a_smaller_epsilon_than_the_plan_asks_for(folder: Path) -> None:
     change_site(folder, policy={"min-noise-multiplier": None})
     asked_for, own = mechanism_for(Site.open(folder), plan()), EPSILON / 4

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.training import plain_steps, rate_factor, train_plainly
+from client.training import plain_batch, plain_steps, rate_factor, train_plainly
 from encoders.clip import ClipEncoder
 from encoders.fitting import Pairs
 from encoders.parts import trainable_part
@@ -42,6 +42,13 @@ def test_a_cosine_rises_for_a_tenth_of_the_run_and_then_falls_to_zero() -> None:
 @pytest.mark.parametrize(("pairs", "steps"), [(1, 1), (8, 2), (20, 5), (200, 50)])
 def test_epochs_are_counted_in_the_site_s_own_pairs(pairs: int, steps: int) -> None:
     assert plain_steps(plan_of(epochs=2), pairs=pairs) == steps
+
+
+@pytest.mark.parametrize(("pairs", "batch"), [(1, 1), (10, 2), (1000, 250)])
+def test_a_sample_rate_is_a_share_of_the_site_s_own_pairs(pairs: int, batch: int) -> None:
+    plan = plan_of(batch=None, sample_rate=0.25, epochs=2)
+    assert plain_batch(plan, pairs=pairs) == batch
+    assert plain_steps(plan, pairs=pairs) == max(1, round(2 * pairs / batch))
 
 
 def test_without_epochs_every_site_takes_the_same_number_of_steps() -> None:

@@ -87,8 +87,20 @@ def test_pooled_as_many_pairs_are_seen_as_by_the_sites_of_a_round(
     file = federation(Path("nowhere"), strategy={"fraction": fraction, "min-sites": 1}, **changes)
     pooled = by_kind(arms_of(file, Asked(), [f"s{n}" for n in range(sites)]))["pooled"].federation.training
     own = file.training
+    assert pooled.batch is not None
+    assert own.batch is not None
     assert pooled.steps * pooled.batch == file.strategy.asked_of(sites) * own.steps * own.batch
     assert (pooled.steps == own.steps) if private else (pooled.batch == own.batch)
+
+
+@pytest.mark.parametrize(("fraction", "rate"), [(1.0, 0.4), (0.5, 0.2)])
+def test_pooled_a_sample_rate_is_the_share_of_all_patients_that_a_round_sees(
+    tmp_path: Path, fraction: float, rate: float
+) -> None:
+    training = {"batch": None, "sample-rate": 0.4}
+    file = federation(tmp_path, training=training, strategy={"fraction": fraction, "min-sites": 1})
+    pooled = by_kind(arms_of(file, Asked(), ["a", "b", "c", "d"]))["pooled"].federation.training
+    assert (pooled.steps, pooled.sample_rate, pooled.batch) == (file.training.steps, rate, None)
 
 
 def test_pooled_passes_over_the_data_stay_as_many(tmp_path: Path) -> None:

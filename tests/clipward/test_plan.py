@@ -183,6 +183,15 @@ def test_groups_come_from_the_federation_file_too(tmp_path: Path) -> None:
     assert told["noise_to_signal"] == pytest.approx(2 * 2 * 100 / 50 / 2)
 
 
+def test_a_files_sample_rate_is_a_batch_of_the_patients_that_are_asked_about(tmp_path: Path) -> None:
+    config = tmp_path / "federation.toml"
+    config.write_text(
+        'version = 1\nname = "rated"\n[privacy]\nepsilon = 8.0\n[training]\nsample-rate = 0.125\n'
+    )
+    told = json.loads(done("--config", config, "--patients", 400, "--json", "--studies", 2))
+    assert (told["plan"]["batch"], told["sample_rate"]) == (50, 0.125)
+
+
 @pytest.fixture
 def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_picture, "STEP_FACTORS", (1.0, 2.0))

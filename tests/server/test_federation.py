@@ -135,12 +135,22 @@ def test_an_absolute_path_stays(tmp_path: Path) -> None:
         ({"strategy": {"min-sites": 0}}, "greater than or equal to 1"),
         ({"strategy": {"min_site": 1}}, "did you mean 'min-sites'"),
         ({"training": {"rounds": 0}}, "greater than or equal to 1"),
+        ({"training": {"batch": 8, "sample-rate": 0.1}}, "name one: batch, or sample-rate"),
+        ({"training": {"sample-rate": 1.1}}, "less than or equal to 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(change: dict[str, Any], text: str) -> None:
     document = {"version": 1, "name": "demo", "privacy": {"epsilon": 3.0}, **change}
     with pytest.raises(SettingsError, match=text):
         Federation.parse(document, source="federation.toml")
+
+
+def test_a_step_is_of_a_batch_unless_the_file_says_a_rate(tmp_path: Path) -> None:
+    usual, rated = load(tmp_path, MINIMAL), load(tmp_path, MINIMAL + "[training]\nsample-rate = 0.25\n")
+    assert (usual.plan().batch, usual.plan().sample_rate) == (64, None)
+    assert (rated.plan().batch, rated.plan().sample_rate) == (None, 0.25)
+    again = Federation.parse(rated.model_dump(mode="json", by_alias=True), source="again")
+    assert again == rated
 
 
 def test_infonce_is_allowed_without_a_claim() -> None:
