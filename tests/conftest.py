@@ -1,9 +1,16 @@
 """Small synthetic hospitals, made and packed once; every test that asks gets its own."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Hypothesis' own profile for CI has no time limit an example and draws the same examples every time.
+if "CI" not in os.environ:
+    settings.register_profile("here", deadline=None)
+    settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,7 @@ def test_metrics_are_served_while_it_runs_and_only_then(root: Path, monkeypatch:
 
     def scraping(*args: Any) -> Callable[[Arrays], Any]:
         def measure(arrays: Arrays) -> Any:
-            with urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=10) as page:
+            with urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=60) as page:
                 scraped.append(page.read().decode())
             return evaluator(*args)(arrays)
 
@@ -189,7 +189,7 @@ def test_metrics_are_served_while_it_runs_and_only_then(root: Path, monkeypatch:
     assert f"clipward_round {ROUNDS - 1}.0" in private[-1]
     assert 'clipward_epsilon_spent{site="site-1"}' in private[-1]
     with pytest.raises(URLError):
-        urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=10)
+        urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=60)
 
 
 def test_the_demo_can_be_repeated_with_the_same_result_at_no_cost(

@@ -276,7 +276,7 @@ def exporter_of(events: list[Event]) -> PrometheusExporter:
 def test_the_metrics_are_served_over_http() -> None:
     with exporter_of(RUN) as exporter:
         port = exporter.serve(0)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             assert samples(answer.read().decode()) == samples(scrape(exporter))
 
 

@@ -45,6 +45,8 @@ from tests.server.cases import (
     same,
 )
 
+PROMPT_SECONDS = 20  # beyond a deadline of a few seconds, even on a busy machine; a hang is longer
+
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,13 +253,15 @@ def test_in_one_process_a_site_is_asked_when_its_turn_comes(tmp_path: Path) -> N
 
 
 def test_a_retry_says_why_and_stays_within_the_deadline(tmp_path: Path) -> None:
-    settings = federation(training={"rounds": 1}, strategy={"retries": 9, "deadline-seconds": 1.0})
+    settings = federation(training={"rounds": 1}, strategy={"retries": 9, "deadline-seconds": 2.0})
     case = Case(tmp_path, settings=settings).react(beta=crash)
     began = time.monotonic()
     case.run(grid=Deployed(case))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < PROMPT_SECONDS
     retried = case.events("site_retried")
-    assert [event["attempt"] for event in retried] == [2, 3]  # at once, then after half a second
+    at_most = [2, 3, 4]  # at once, after half a second and after one more; a busy machine gets to fewer
+    assert retried
+    assert [event["attempt"] for event in retried] == at_most[: len(retried)]
     assert {(event["site"], event["round"]) for event in retried} == {("beta", 1)}
     assert "costs no budget" in retried[0]["reason"]
     assert [event["code"] for event in case.events("site_refused")] == ["failed"]
@@ -508,11 +512,11 @@ def test_two_nodes_with_one_site_name_are_an_error(tmp_path: Path) -> None:
 
 
 def test_silence_ends_at_the_deadline_and_what_came_in_time_is_used(tmp_path: Path) -> None:
-    settings = federation(training={"rounds": 1}, strategy={"deadline-seconds": 0.6})
+    settings = federation(training={"rounds": 1}, strategy={"deadline-seconds": 2.0})
     case = Case(tmp_path, settings=settings)
     began = time.monotonic()
     arrays = case.run(grid=Deployed(case, silent=[1]))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < PROMPT_SECONDS
     refusals = case.events("site_refused")
     assert [(event["site"], event["code"]) for event in refusals] == [("alpha", "deadline")]
     assert close(arrays, averaged(case, rounds=1, weights={"beta": 20, "gamma": 30}))
@@ -527,13 +531,15 @@ def test_an_answer_written_after_the_deadline_is_not_used(tmp_path: Path) -> Non
 
 def test_the_deadline_is_announced_to_the_sites(tmp_path: Path) -> None:
     seen: list[float | None] = []
+    began = time.time()
 
     def look(request: TrainRequest, release: Release) -> Release:
         seen.append(request.deadline_unix_seconds)
         return release
 
     Case(tmp_path, settings=federation(training={"rounds": 1})).react(alpha=look).run()
-    assert seen[0] == pytest.approx(time.time() + 30, abs=5)
+    assert seen[0] is not None
+    assert began + 30 <= seen[0] <= time.time() + 30
 
 
 def test_a_missing_site_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
@@ -542,7 +548,7 @@ def test_a_missing_site_is_waited_for_until_the_deadline(tmp_path: Path) -> None
     began = time.monotonic()
     with pytest.raises(QuorumError, match="1 of the 2 sites needed are ready"):
         case.run(grid=grid)
-    assert 0.6 < time.monotonic() - began < 3
+    assert 0.6 < time.monotonic() - began < PROMPT_SECONDS
     assert grid.pulls < 5
 
 

@@ -348,7 +348,7 @@ def test_a_script_without_a_main_guard_still_builds(hospital: CohortSettings, tm
         [sys.executable, script],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": root},
     )
     assert done.stdout.strip() == str(3 * PATIENTS)

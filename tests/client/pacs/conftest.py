@@ -24,7 +24,7 @@ PLUGINS = [
     for path in sorted(Path(folder).glob("libOrthancDicomWeb.so*"))
 ]
 ORTHANC = shutil.which("Orthanc", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-READY_SECONDS = 30.0
+READY_SECONDS = 180.0
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ class Pacs:
         with requests.Session() as session:
             session.trust_env = False
             for path in files:
-                answer = session.post(f"{self.rest}/instances", data=path.read_bytes(), timeout=30)
+                answer = session.post(f"{self.rest}/instances", data=path.read_bytes(), timeout=120)
                 if answer.ok and answer.json()["Status"] == "Success":
                     accepted.append(path)
         return accepted
@@ -122,7 +122,7 @@ def running(folder: Path) -> Iterator[Pacs]:
         yield pacs
     finally:
         process.kill()  # nothing it holds is needed: a polite end takes seconds
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 @pytest.fixture
@@ -144,6 +144,6 @@ def _answers(pacs: Pacs) -> bool:
     with requests.Session() as session:
         session.trust_env = False
         try:
-            return session.get(f"{pacs.rest}/dicom-web/studies?limit=1", timeout=5).ok
+            return session.get(f"{pacs.rest}/dicom-web/studies?limit=1", timeout=30).ok
         except requests.ConnectionError:
             return False

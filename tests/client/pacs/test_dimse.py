@@ -277,7 +277,7 @@ def test_objects_may_be_pushed_without_being_asked_for(tmp_path: Path) -> None:
     pushed.file_meta.TransferSyntaxUID = JPEG2000Lossless
     with (
         spool.locked(),
-        Receiver(spool, ae_title="SITE", address="127.0.0.1", port=port, senders=[], timeout_seconds=5),
+        Receiver(spool, ae_title="SITE", address="127.0.0.1", port=port, senders=[], timeout_seconds=60),
     ):
         association = scanner.associate("127.0.0.1", port, ae_title="SITE")
         assert association.is_established
