@@ -37,6 +37,7 @@ from client.reports.report import Report, ReportEntry
 from client.reports.table import ReportTable
 from client.text.labels import Findings, default_findings
 from tests.client.cohort.mutations import damaged
+from tests.memory import anonymous_bytes, peak_of_this_process
 
 SIZE = 32
 DETAILS = {"", "MSH", "not one of the standard", *(name for name, *_ in UID_dictionary.values())}
@@ -76,8 +77,8 @@ class Verdict:
         complaint: What should not have happened, empty if nothing.
         seconds: Wall time.
         process: Which process has read it.
-        resident_bytes: The process's memory after it.
-        peak_bytes: The most memory the process has ever had.
+        held_bytes: The process's anonymous memory after it.
+        peak_bytes: The most memory the process has ever had, without what is mapped from files.
         descriptors: Files it has open after it.
     """
 
@@ -87,7 +88,7 @@ class Verdict:
     complaint: str
     seconds: float
     process: int
-    resident_bytes: int
+    held_bytes: int
     peak_bytes: int
     descriptors: int
 
@@ -106,8 +107,6 @@ def examine(case: Case) -> Verdict:
             seconds = time.perf_counter() - began
         except Exception:
             seconds, complaint = time.perf_counter() - began, traceback.format_exc()
-    status = Path("/proc/self/status").read_text()
-    resident, peak = (int(found) * 1024 for found in re.findall(r"Vm(?:RSS|HWM):\s+(\d+) kB", status)[::-1])
     return Verdict(
         case=case,
         mutations=mutations,
@@ -115,8 +114,8 @@ def examine(case: Case) -> Verdict:
         complaint=complaint,
         seconds=seconds,
         process=os.getpid(),
-        resident_bytes=resident,
-        peak_bytes=peak,
+        held_bytes=anonymous_bytes(),
+        peak_bytes=peak_of_this_process(),
         descriptors=len(os.listdir("/proc/self/fd")),
     )
 

@@ -82,7 +82,7 @@ def test_memory_and_open_files_do_not_grow(verdicts: Sequence[tuple[Case, Verdic
         (found,) = pool.map(examine_again, [calm])
     assert not isinstance(found, Rejected)
     first, *_, last = found
-    assert last.resident_bytes - first.resident_bytes <= MOST_GROWTH
+    assert last.held_bytes - first.held_bytes <= MOST_GROWTH
     assert last.descriptors <= first.descriptors
 
 

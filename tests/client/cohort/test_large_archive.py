@@ -2,26 +2,27 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from client.cohort import State, open_cohort
+from tests.memory import Watched, run_watched
 
 REAL, GENERATED, KILLED_AT = 300, 100_000, 200
-MOST_GROWTH_MB = 60
+MOST_MB, MOST_GROWTH_MB = 500, 60
 
 # A folder of files, each of which is an image by its name, and behind them many that are generated. Every
 # file that is opened is noted; the process kills itself at one of them.
 BUILD = """
-import os, resource, signal, sys
+import os, signal, sys
 from pathlib import Path
 import numpy as np
 from client.cohort import CohortSettings, build, build_cohort, dicom_folder, packing, scan_index
 from client.cohort.outcomes import Rendered
 from client.cohort.sources import Candidate, Entry
+from tests.memory import anonymous_bytes
 
 root, killed_at, generated = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if killed_at:
@@ -59,21 +60,17 @@ class Archive(dicom_folder.DicomFolder):
 
 Archive.render = staticmethod(render)
 dicom_folder.read_header, build.DicomFolder = read_header, Archive
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(anonymous_bytes())
 settings = CohortSettings(dicom=root / "in", image_size=16, salt="s")
 build_cohort(settings, root / "cohort", workers=1)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-def run(root: Path, *, killed_at: str = "", generated: int = 0) -> subprocess.CompletedProcess[str]:
+def run(root: Path, *, killed_at: str = "", generated: int = 0) -> Watched:
     project = str(Path(__file__).parents[3])
-    return subprocess.run(
+    return run_watched(
         [sys.executable, "-c", BUILD, str(root), killed_at, str(generated)],
-        capture_output=True,
-        text=True,
         env=os.environ | {"PYTHONPATH": project},
-        timeout=300,
     )
 
 
@@ -99,4 +96,5 @@ def test_a_killed_build_goes_on_and_memory_stays_small(tmp_path: Path) -> None:
     assert cohort.counts[State.DUPLICATE] == REAL // 2
     assert cohort.counts[State.USED] == REAL // 2 + GENERATED // 20
     assert cohort.images[: REAL // 2, 1, 1].tolist() == [int(name) % 256 for name in images]
-    assert float(done.stdout) < MOST_GROWTH_MB
+    assert done.peak_bytes < MOST_MB * 2**20
+    assert done.peak_bytes - int(done.stdout) < MOST_GROWTH_MB * 2**20
