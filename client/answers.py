@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from client.batches import TrainingData
+from client.centre import raw_centre, release_centre
 from client.cohort import Cohort, CohortError
 from client.engines import engine_maker
 from client.errors import Refused
@@ -18,7 +19,15 @@ from client.journal import write_note
 from client.losses import release_mean_loss
 from client.objectives import Anchors
 from client.personal import PersonalWeights
-from client.policy import check_code, check_plan, check_run, losses_for, mechanism_for, prototypes_for
+from client.policy import (
+    centre_for,
+    check_code,
+    check_plan,
+    check_run,
+    losses_for,
+    mechanism_for,
+    prototypes_for,
+)
 from client.prototypes import release_prototypes
 from client.releases import ReleaseStore
 from client.site import Site, packed_cohort
@@ -53,7 +62,7 @@ from strategies.messages import (
     TrainRequest,
     digest_of,
 )
-from strategies.share import personal, wire_of
+from strategies.share import IMAGE_SHIFT, personal, wire_of
 from strategies.wire import pack
 
 RELEASES = "releases"
@@ -113,6 +122,8 @@ def _with_claim(site: Site, request: TrainRequest) -> Release:
     try:
         started = time.monotonic()
         match mechanism:
+            case PrototypeRelease() if request.phase == "centre":
+                update = _centre(site, request, part, mechanism, noise)
             case PrototypeRelease():
                 update = _prototypes(site, request, part, mechanism, noise)
             case LossRelease():
@@ -142,6 +153,8 @@ def _mechanism(site: Site, request: TrainRequest) -> AnyMechanism:
             return losses_for(site, request.plan)
         case "prototypes":
             return prototypes_for(site, request.plan, width=_part(site, request).encoder.width)
+        case "centre":
+            return _centre_release(site, request)
 
 
 def _trained(
@@ -212,6 +225,19 @@ def _prototypes(
     return _packed(site, request, released)
 
 
+def _centre_release(site: Site, request: TrainRequest) -> PrototypeRelease:
+    shift = _part(site, request).constants()[IMAGE_SHIFT]
+    return centre_for(site, request.plan, width=len(shift))
+
+
+def _centre(
+    site: Site, request: TrainRequest, part: TrainablePart, mechanism: PrototypeRelease, noise: GaussianNoise
+) -> Arrays:
+    known = training_pairs(site.folder, part)
+    released = release_centre(known.pairs, patients=known.patients, mechanism=mechanism, noise=noise)
+    return _packed(site, request, released)
+
+
 def _replayed(ledger: Ledger, charge: ReservationRequest, stored: Release) -> Release:
     """The stored release once more. It leaves only if the ledger has it, or takes it now.
 
@@ -248,6 +274,8 @@ def _without_claim(site: Site, request: TrainRequest) -> Release:
 
 def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     part = _ready(site, request)
+    if request.phase == "centre":
+        return _centre_without_claim(site, request, part)
     _, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
     started = time.monotonic()
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
@@ -265,6 +293,13 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     steps = plain_steps(request.plan, pairs=len(pairs))
     facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
     return Release(facts=facts, update=update)
+
+
+def _centre_without_claim(site: Site, request: TrainRequest, part: TrainablePart) -> Release:
+    started, known = time.monotonic(), training_pairs(site.folder, part)
+    raw_sum = raw_centre(known.pairs, patients=known.patients, mechanism=_centre_release(site, request))
+    facts = _facts(site, request, seconds=time.monotonic() - started)
+    return Release(facts=facts, update=_packed(site, request, raw_sum))
 
 
 def _kept_and_packed(site: Site, request: TrainRequest, part: TrainablePart, difference: Arrays) -> Arrays:

@@ -89,8 +89,8 @@ def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
             f"objective {plan.objective!r} is not among policy.objectives",
         ),
         "prototypes": (
-            plan.prototypes is not None and not policy.prototypes,
-            "the plan releases prototypes, and policy.prototypes is false",
+            bool(plan.prototypes or plan.centre) and not policy.prototypes,
+            "the plan releases prototypes or a centre of features, and policy.prototypes is false",
         ),
         "require-dp": (
             policy.require_dp and plan.privacy == "none",
@@ -147,6 +147,13 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
         "losses are released with privacy, or not at all": not private and plan.losses is not None,
         "a mean loss is asked for, and the plan names none": request.phase == "losses"
         and plan.losses is None,
+        "a centre is asked for, and the plan names none": request.phase == "centre" and plan.centre is None,
+        "a centre is of the features that part image-head alone is trained on": (
+            plan.centre is not None and plan.part != "image-head"
+        ),
+        "the centre is asked for once, before the first round": (
+            request.phase == "centre" and request.server_round != 1
+        ),
         "only the anchored objective gives each patient a loss of their own": (
             plan.losses is not None and plan.objective != "anchored"
         ),
@@ -213,7 +220,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
             delta=site.delta,
             sample_rate=sample_rate,
             steps=plan.rounds * plan.steps,
-            besides=_besides(plan),
+            besides=besides(plan),
         )
     except NoiseOutOfRange as error:
         raise Refused(RefusalCode.POLICY, str(error)) from error
@@ -244,6 +251,24 @@ def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRe
     )
 
 
+def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRelease:
+    """What the run's centre releases, of features of ``width`` numbers: it is a prototype of all images.
+
+    Raises:
+        Refused: POLICY; the plan has none, or adds too little noise.
+    """
+    if plan.centre is None:
+        raise Refused(RefusalCode.POLICY, "the plan names no centre")
+    _mind_noise(site, plan.centre.noise_multiplier)
+    return PrototypeRelease(
+        concepts=("image",),
+        dimension=width,
+        max_norm=plan.centre.max_norm,
+        noise_multiplier=plan.centre.noise_multiplier,
+        count_weight=plan.centre.count_weight,
+    )
+
+
 def losses_for(site: Site, plan: TrainingPlan) -> LossRelease:
     """What one round's mean loss releases.
 
@@ -256,11 +281,12 @@ def losses_for(site: Site, plan: TrainingPlan) -> LossRelease:
     return LossRelease(max_loss=plan.losses.max_loss, noise_multiplier=plan.losses.noise_multiplier)
 
 
-def _besides(plan: TrainingPlan) -> list[PoissonGaussian]:
-    """What all rounds release beside the training: each a plain Gaussian mechanism a round."""
+def besides(plan: TrainingPlan) -> list[PoissonGaussian]:
+    """What the run releases beside the training: plain Gaussian mechanisms, each so many times."""
+    times = ((plan.prototypes, plan.rounds), (plan.losses, plan.rounds), (plan.centre, 1))
     return [
-        PoissonGaussian(sample_rate=1.0, noise_multiplier=one.noise_multiplier, steps=plan.rounds)
-        for one in (plan.prototypes, plan.losses)
+        PoissonGaussian(sample_rate=1.0, noise_multiplier=one.noise_multiplier, steps=steps)
+        for one, steps in times
         if one is not None
     ]
 

@@ -179,14 +179,14 @@ def price_of_federation(site: "Site", ledger: "Ledger", path: Path) -> dict[str,
         Refused: the site's policy refuses such a run; the text names the rule.
         SettingsError: the file cannot be used, or asks for no privacy.
     """
-    from client.policy import mechanism_for
+    from client.policy import besides, mechanism_for
     from server.federation import Federation
     from strategies.settings import SettingsError
 
     plan = Federation.load(path).plan()
     if plan.privacy != "dp":
         raise SettingsError(f"{path} has privacy.mode = 'none': it promises nothing, so it has no price")
-    return _price(ledger, mechanism_for(site, plan).event, rounds=plan.rounds)
+    return _price(ledger, mechanism_for(site, plan).event, rounds=plan.rounds, beside=besides(plan))
 
 
 def price_of_steps(
@@ -207,13 +207,14 @@ def price_of_steps(
     return _price(ledger, PoissonGaussian(sample_rate=rate, noise_multiplier=noise, steps=steps), rounds=1)
 
 
-def _price(ledger: "Ledger", event: Any, *, rounds: int) -> dict[str, Any]:
+def _price(ledger: "Ledger", event: Any, *, rounds: int, beside: Sequence[Any] = ()) -> dict[str, Any]:
+    """So many rounds of ``event``, and what else the whole run releases, however many of them fit."""
     from privacy.accounting import epsilon
 
     charged = ledger.events()
 
     def after(count: int) -> float:
-        return epsilon([*charged, *[event] * count], delta=ledger.delta)
+        return epsilon([*charged, *beside, *[event] * count], delta=ledger.delta)
 
     total = after(rounds)
     fit, too_many = (rounds, rounds + 1) if total <= ledger.epsilon_max else (0, rounds)
@@ -225,7 +226,7 @@ def _price(ledger: "Ledger", event: Any, *, rounds: int) -> dict[str, Any]:
         "steps": rounds * event.steps,
         "sample_rate": event.sample_rate,
         "noise_multiplier": event.noise_multiplier,
-        "epsilon_alone": _finite(epsilon([event] * rounds, delta=ledger.delta)),
+        "epsilon_alone": _finite(epsilon([*beside, *[event] * rounds], delta=ledger.delta)),
         "epsilon_after": _finite(total),
         "fits": fit == rounds,
         "rounds_that_fit": fit,

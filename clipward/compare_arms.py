@@ -140,6 +140,8 @@ def _document(federation: Federation, asked: Asked, *, mode: Mode, part: Part, s
     """The file's settings with privacy, part, seed and rounds as asked."""
     whole = federation.model_dump(mode="json", by_alias=True, exclude_none=True)
     whole["share"]["part"] = part
+    if part != "image-head":
+        whole.pop("centre", None)
     training, objective = whole["training"], whole["objective"]
     if asked.rounds is not None:
         training["rounds"] = asked.rounds

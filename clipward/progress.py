@@ -162,6 +162,9 @@ def describe(event: Event, *, rounds: int | None = None) -> str:
         case {"kind": "round_finished", "round": number}:
             seconds = sum(value or 0 for value in event["seconds"].values())
             return f"round {number}{of}: finished in {seconds:.1f} s"
+        case {"kind": "centre_found", "sites": sites, "used": used}:
+            own = "" if used else ", and not used: noise drowns it"
+            return f"centre of the images of {_count_of(sites)} found{own}"
         case {"kind": "prototypes_made", "round": number, "sites": sites, "used": used, "concepts": concepts}:
             own = ", ".join(f"{count} of {concepts} by {side}" for side, count in used.items())
             return f"round {number}{of}: prototypes of {_count_of(sites)}, {own}"

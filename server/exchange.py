@@ -98,7 +98,7 @@ class _Folded:
 
 
 class Folding(Protocol):
-    """What updates are folded into: a `Strategy`, or the sum of prototypes."""
+    """What updates are folded into: a `Strategy`, or a sum of what else sites release."""
 
     def begin(self, base: Arrays) -> None:
         """Start a round from these arrays."""
@@ -157,8 +157,8 @@ class Exchange:
         registry: Takes each ask before it is sent, and what came of it.
         late: Takes over those that did not answer in time.
         log: Takes ``site_replied``, ``site_refused`` (of prototypes ``prototypes_replied`` and
-            ``prototypes_refused``, of losses alike), ``site_retried``, ``site_late``, ``stale_used`` and
-            ``late_dropped``.
+            ``prototypes_refused``, of losses and centre alike), ``site_retried``, ``site_late``,
+            ``stale_used`` and ``late_dropped``.
     """
 
     def __init__(

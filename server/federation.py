@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from strategies.messages import (
+    CentrePlan,
     LoraTrain,
     LossPlan,
     OptimizerName,
@@ -57,8 +58,9 @@ class Share(Settings):
     """What is trained at the sites, what of it travels, and how.
 
     Attributes:
-        part: All weights (``full``), LoRA factors and heads (``lora``), the two projection ``heads``, or
-            ``prompts``: learned tokens in every text.
+        part: All weights (``full``), LoRA factors and heads (``lora``), the two projection ``heads``, the
+            image projection alone on centred features (``image-head``), or ``prompts``: learned tokens in
+            every text.
         lora_rank: Columns of a LoRA factor.
         lora_train: ``alternating`` trains the factors B and A by turns, ``b`` B alone. Both at once could not
             be averaged exactly.
@@ -83,8 +85,8 @@ class Share(Settings):
     def _something_is_left(self) -> Self:
         if self.part == "prompts" and self.keep:
             raise ValueError("prompts are neither norms nor heads: remove share.keep")
-        if self.part == "heads" and "heads" in self.keep:
-            raise ValueError("share.part 'heads' with keep = ['heads'] leaves nothing to share")
+        if self.part in ("heads", "image-head") and "heads" in self.keep:
+            raise ValueError(f"share.part {self.part!r} with keep = ['heads'] leaves nothing to share")
         return self
 
 
@@ -190,6 +192,29 @@ class Losses(Settings):
 
     noise_multiplier: float = Field(default=10.0, gt=0)
     max_loss: float | None = Field(default=None, gt=0)
+
+
+class Centre(Settings):
+    """What sites release once, before the first round, to find the centre of all their image features.
+
+    Attributes:
+        noise_multiplier: Noise of the release; its cost is taken from the run's epsilon.
+        count_weight: What a patient adds to the count, features being of length 1 about.
+        max_norm: Bound on what one patient adds; without it, what a feature of length 1 and a count need.
+    """
+
+    noise_multiplier: float = Field(default=5.0, gt=0)
+    count_weight: float = Field(default=0.5, gt=0)
+    max_norm: float | None = Field(default=None, gt=0)
+
+    def plan(self) -> CentrePlan:
+        """What sites are asked for."""
+        fits = math.sqrt(1 + self.count_weight**2)
+        return CentrePlan(
+            noise_multiplier=self.noise_multiplier,
+            max_norm=fits if self.max_norm is None else self.max_norm,
+            count_weight=self.count_weight,
+        )
 
 
 class Privacy(Settings):
@@ -546,6 +571,7 @@ class Federation(Settings):
     objective: Objective = Objective()
     prototypes: Prototypes | None = None
     losses: Losses | None = None
+    centre: Centre | None = None
     privacy: Privacy
     training: Training = Training()
     strategy: Strategy = Strategy()
@@ -593,6 +619,11 @@ class Federation(Settings):
             )
         if self.losses is not None and not self.strategy.needs_losses:
             raise ValueError(f"strategy {self.strategy.name!r} uses no losses: remove the table")
+        if self.centre is not None and self.share.part != "image-head":
+            raise ValueError(
+                f"the centre is of the features that share.part 'image-head' is trained on, and part "
+                f"{self.share.part!r} uses none: remove the table"
+            )
         if self.prototypes is not None and self.objective.prototypes is not None:
             raise ValueError("name one: objective.prototypes, of before, or a table of new prototypes")
         if self.privacy.mode == "dp" and self.training.epochs is not None:
@@ -605,6 +636,11 @@ class Federation(Settings):
         secure.require_fit(self.strategy, self.share)
         if self.prototypes is not None:
             raise ValueError("prototypes would leave every site unmasked: remove one of the two tables")
+        if self.share.part == "image-head":
+            raise ValueError(
+                "part 'image-head' needs the centre of all images, which would leave every site unmasked: "
+                "name another share.part, or remove secure-aggregation"
+            )
         if not secure.sites and self.simulation is None:
             raise ValueError("secure-aggregation.sites has to name every site's public key (site.pub)")
 
@@ -660,6 +696,9 @@ class Federation(Settings):
             max_loss=blind if losses.max_loss is None else losses.max_loss,
         )
 
+    def _centre_plan(self) -> CentrePlan | None:
+        return (self.centre or Centre()).plan() if self.share.part == "image-head" else None
+
     def plan(self) -> TrainingPlan:
         """What every site is asked to do in every round."""
         return TrainingPlan(
@@ -672,6 +711,7 @@ class Federation(Settings):
             proximal=self.strategy.proximal,
             prototypes=None if self.prototypes is None else self.prototypes.plan(),
             losses=self._loss_plan(),
+            centre=self._centre_plan(),
             objective=self.objective.name,
             inverse_temperature=self.objective.inverse_temperature,
             anchors=self.objective.anchors,

@@ -15,6 +15,7 @@ from server.federation import Federation
 from server.prototypes import Prototypes
 from strategies.files import write_text
 from strategies.messages import Arrays, PublicBundle
+from strategies.share import IMAGE_SHIFT
 from strategies.strategy import StrategySettings
 
 _LIBRARIES = ("flwr", "numpy", "torch", "opacus", "dp-accounting")
@@ -90,7 +91,7 @@ def facts(federation: Federation, start: Start, sites: Iterable[str]) -> dict[st
         "part": federation.share.part,
         "parameters": {
             "total": sum(value.size for value in start.bundle.weights.values()),
-            "trainable": sum(value.size for value in start.arrays.values()),
+            "trainable": sum(value.size for name, value in start.arrays.items() if name != IMAGE_SHIFT),
         },
         "config": federation.public_settings(),
         "rounds": federation.training.rounds,

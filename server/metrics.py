@@ -33,6 +33,7 @@ RECALLS = ("r1", "r5", "r10")
 DIRECTIONS = ("image_to_text", "text_to_image")
 RELEASED = (
     "site_replied",
+    "centre_replied",
     "prototypes_replied",
     "losses_replied",
     "late_arrived",
@@ -134,6 +135,8 @@ def _parse(line: bytes, *, number: int, path: Path) -> Event:
 _ANSWERS = {
     "site_replied": "train",
     "site_refused": "train",
+    "centre_replied": "centre",
+    "centre_refused": "centre",
     "prototypes_replied": "prototypes",
     "prototypes_refused": "prototypes",
     "losses_replied": "losses",

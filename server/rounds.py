@@ -11,6 +11,9 @@ from flwr.serverapp import Grid
 from privacy.banks import PrototypeBank
 from server import checkpoints
 from server.anchors import ANCHORS_FILE, AnchorBook
+from server.centre import CENTRE_FILE, CentreSum
+from server.centre import keep as keep_centre
+from server.centre import load as load_centre
 from server.checkpoints import Best, Checkpoint
 from server.errors import QuorumError, RunError
 from server.exchange import Exchange, Outcome, Question, Rules
@@ -28,7 +31,7 @@ from server.selection import select
 from strategies.in_process import InProcessGrid
 from strategies.messages import Arrays, RefusalCode, ReleaseFacts, TrainRequest
 from strategies.rules.rule import CannotCombine
-from strategies.share import released
+from strategies.share import IMAGE_SHIFT, released
 from strategies.strategy import Strategy, strategy_of
 from strategies.variates import VariatesLost
 
@@ -138,14 +141,15 @@ class _Run:
             if self._improvement.is_over:
                 self._tell_stopped(done.server_round)
                 break
-            done = self._round(server_round, done.arrays)
+            base = done.arrays if server_round > 1 else self._centred(done.arrays)
+            done = self._round(server_round, base)
         self._late.give_up(done.server_round)
         self._log.record("run_finished", rounds=done.server_round, seconds=time.monotonic() - begin)
         return done.arrays
 
     def _round(self, server_round: int, base: Arrays) -> Checkpoint:
         """One round from the gathering of sites to its last event."""
-        outcome = self._agreed(server_round, base)
+        outcome = self._agreed(server_round, lambda: self._asked(server_round, base))
         exchanged = outcome.seconds - outcome.aggregate_seconds
         begin = time.monotonic()
         arrays = {**base, **self._strategy.finish()} if outcome.replied else base
@@ -160,13 +164,36 @@ class _Run:
         self._tell(done)
         return done
 
-    def _agreed(self, server_round: int, base: Arrays) -> Outcome:
+    def _centred(self, base: Arrays) -> Arrays:
+        """The weights of the start and in them the centre of the sites' images: made once a run, then read.
+
+        Every later round's weights have it in them, so a site that comes late is given it too.
+        """
+        plan = self._federation.plan()
+        if plan.centre is None:
+            return base
+        path, width = self._run_dir / CENTRE_FILE, len(base[IMAGE_SHIFT])
+        if not path.is_file():
+            total = CentreSum(plan.centre, width=width, private=plan.privacy == "dp")
+            self._agreed(1, lambda: self._asked_for_centre(base, total))
+            keep_centre(total.centre(), path)
+            self._log.record("centre_found", round=1, **total.facts())
+        return {**base, IMAGE_SHIFT: load_centre(path, width=width)}
+
+    def _asked_for_centre(self, base: Arrays, total: CentreSum) -> Outcome:
+        """Ask all sites that are ready, whoever is then drawn: what they train on depends on it."""
+        sites, request = self._roster_of(1), replace(self._request(1, base), phase="centre")
+        outcome = self._exchange.round(Question(request=request, folding=total, like=total.like), sites)
+        self._dismiss(1, outcome)
+        return replace(outcome, reason="Asked was the centre of the images, before any training")
+
+    def _agreed(self, server_round: int, ask: Callable[[], Outcome]) -> Outcome:
         """Ask for the round until enough sites have released, or it has been repeated often enough."""
         strategy = self._federation.strategy
         attempt = 0
         while True:
             attempt += 1
-            outcome = self._asked(server_round, base)
+            outcome = ask()
             if len(outcome.replied) >= strategy.min_sites:
                 return outcome
             if attempt > strategy.round_retries and outcome.reason and self._skips_failed:

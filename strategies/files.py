@@ -15,17 +15,22 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Replace a file's text durably; a reader sees the old text or the new one, never half of it.
+    """Replace a file's text, as `write_bytes` does its content."""
+    write_bytes(path, text.encode(), mode=mode)
+
+
+def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace a file durably; a reader sees the old content or the new one, never half of it.
 
     Args:
         path: The file.
-        text: Its text.
+        content: What it then holds.
         mode: Who may read it; 0o600 for what is its owner's alone.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, mode)  # mkstemp's 0600 would hide the file from the people it is written for

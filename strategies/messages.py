@@ -49,17 +49,18 @@ TRAIN = "train"
 DEAL, MASK, CONSENT, REVEAL = "query.deal", "query.mask", "query.consent", "query.reveal"
 
 Arrays = dict[str, NDArray[Any]]
-Part = Literal["full", "lora", "heads", "prompts"]
+Part = Literal["full", "lora", "heads", "image-head", "prompts"]
 LoraTrain = Literal["alternating", "b"]
 Personal = Literal["norms", "heads"]
 Wire = Literal["fp32", "bf16", "int8"]
-Phase = Literal["prototypes", "losses", "train"]
+Phase = Literal["centre", "prototypes", "losses", "train"]
 Objective = Literal["anchored", "microbatch", "infonce"]
 OptimizerName = Literal["sgd", "adamw", "dp-adambc"]
 T = TypeVar("T")
 WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "uint32", "int8")
 PROTOTYPE_SUMS = "prototype_sums"
 MEAN_LOSS = "mean_loss"
+CENTRE_SUM = "centre_sum"
 _DIGEST = "-digest"
 _OTHERS = ("correction", "prototypes")  # records of arrays beside "arrays"
 _ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes/"
@@ -122,11 +123,29 @@ class LossPlan(Facts):
     max_loss: float = Field(gt=0)
 
 
+class CentrePlan(Facts):
+    """The sum of its images' features that every site releases once, before the first round.
+
+    A feature is divided by the root of its length first, which is about the norm that the image tower's last
+    layer norm gives it.
+
+    Attributes:
+        noise_multiplier: Noise standard deviation over ``max_norm``.
+        max_norm: Bound on what a patient adds to sum and count together.
+        count_weight: What a patient adds to the count, in units of the divided features.
+    """
+
+    noise_multiplier: float = Field(gt=0)
+    max_norm: float = Field(gt=0)
+    count_weight: float = Field(gt=0)
+
+
 class TrainingPlan(Facts):
     """What the coordinator asks every site to do in every round of a run; all of it is public.
 
     Attributes:
-        part: What is trained and travels: all weights, LoRA factors, the two projection heads, or prompts.
+        part: What is trained and travels: all weights, LoRA factors, the two projection heads, the image
+            projection alone, or prompts.
         objective: ``anchored`` decomposes over patients, ``microbatch`` over groups of them (at twice the
             noise); ``infonce`` does neither and never claims an epsilon.
         privacy: ``dp`` or ``none``.
@@ -157,6 +176,7 @@ class TrainingPlan(Facts):
         wire: How updates travel; see `strategies.wire`.
         prototypes: What sites release besides their updates; null: nothing. Only with privacy.
         losses: The same for a mean loss, where the strategy weighs sites by it.
+        centre: What sites release once for the shift of ``image-head``; null: there is none.
         proximal: mu; mu times the way from the round's weights is added to every noised gradient.
         seed: Seeds augmentation and, without DP, sampling. Never the noise.
     """
@@ -191,6 +211,7 @@ class TrainingPlan(Facts):
     wire: Wire = "fp32"
     prototypes: PrototypePlan | None = None
     losses: LossPlan | None = None
+    centre: CentrePlan | None = None
     proximal: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)
 
@@ -318,11 +339,11 @@ class _TrainFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """Train ``arrays`` by ``plan``, or release prototypes with them.
+    """Train ``arrays`` by ``plan``, or release with them what else it names.
 
     Attributes:
         phase: What of the plan is asked for. The update of prototypes is the one array `PROTOTYPE_SUMS`, of
-            losses `MEAN_LOSS`.
+            losses `MEAN_LOSS`, of the centre `CENTRE_SUM`.
         prototypes: Of this round, more anchors beside the bundle's.
         arrays: The shared weights of the global model, float32.
         correction: Added to every gradient of the asked site, by names of ``arrays``; see `client.drift`.

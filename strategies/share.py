@@ -8,6 +8,7 @@ _PERSONAL: dict[Personal, tuple[str, ...]] = {
     "norms": ("layer_norm", "layernorm", "layrnorm"),  # as Hugging Face writes them
     "heads": ("visual_projection", "text_projection"),
 }
+IMAGE_SHIFT = "image_shift"  # of part image-head: it travels to the sites, and nothing trains it
 _FACTOR_A, _FACTOR_B = "lora_A", "lora_B"
 
 
@@ -45,8 +46,8 @@ def released(request: TrainRequest) -> Arrays:
 
 def wire_of(request: TrainRequest) -> Wire:
     """The form of the answer. Prototypes lose nothing in bfloat16 that their noise left."""
-    forms: dict[Phase, Wire] = {"train": request.plan.wire, "prototypes": "bf16", "losses": "fp32"}
-    return forms[request.phase]
+    forms: dict[Phase, Wire] = {"train": request.plan.wire, "prototypes": "bf16"}
+    return forms.get(request.phase, "fp32")
 
 
 def trained(names: Iterable[str], plan: TrainingPlan, server_round: int) -> frozenset[str]:
@@ -61,4 +62,4 @@ def trained(names: Iterable[str], plan: TrainingPlan, server_round: int) -> froz
         (FFA-LoRA), where noise on both factors would also be multiplied.
     """
     fixed = _FACTOR_B if plan.lora_train == "alternating" and server_round % 2 == 0 else _FACTOR_A
-    return frozenset(name for name in names if fixed not in name)
+    return frozenset(name for name in names if fixed not in name and name != IMAGE_SHIFT)

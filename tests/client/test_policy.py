@@ -104,7 +104,7 @@ FORBIDDEN: list[tuple[str, Any, dict[str, Any], str]] = [
         "prototypes",
         False,
         {"prototypes": PROTOTYPES},
-        "the plan releases prototypes, and policy.prototypes is",
+        "the plan releases prototypes or a centre of features, and policy.prototypes is",
     ),
     ("require-dp", True, {"privacy": "none", "objective": "infonce", "epsilon": None}, "has no privacy"),
     ("min-patients", 26, {}, "25 patients are declared, policy.min-patients is 26"),

@@ -30,7 +30,7 @@ from tests.encoders.micro import TEXTS, micro_encoder, random_images
 ANCHORS = ("normal chest", "large heart", "fluid in the left lung", "air where none should be", "clear lungs")
 BOUND, DECLARED = 0.25, 40
 SILENT = 1e-9  # noise far below any gradient, where the sum itself is looked at
-KINDS: tuple[Part, ...] = ("heads", "lora", "full")
+KINDS: tuple[Part, ...] = ("heads", "image-head", "lora", "full")
 # Steps of size one along the release, so that an update shows the released sums themselves.
 SHOWN: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0}
 
@@ -424,7 +424,7 @@ def test_plain_training_lowers_the_loss_of_a_toy(kind: Part) -> None:
         privacy="none", objective="infonce", epsilon=None, steps=25, batch=len(TEXTS), learning_rate=0.02
     )
     train_plainly(part, pairs, plan, rng=np.random.default_rng(0))
-    assert infonce(part, pairs) < 0.7 * before
+    assert infonce(part, pairs) < (0.9 if kind == "image-head" else 0.7) * before  # one side of two
 
 
 def infonce(part: TrainablePart, pairs: Pairs) -> float:

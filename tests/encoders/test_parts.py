@@ -1,5 +1,6 @@
 """Each part trains what it says, travels by stable names, and embeds exactly as the model it belongs to."""
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -7,14 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from encoders.clip import ClipEncoder
+import encoders.parts
+import strategies.share
+from encoders.clip import ClipEncoder, load
 from encoders.errors import EncoderError
-from encoders.parts import PartEmbedder, TrainablePart, trainable_part
+from encoders.parts import IMAGE_SHIFT, PartEmbedder, TrainablePart, trainable_part
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
 
-Kind = Literal["full", "lora", "heads"]
-KINDS: tuple[Kind, ...] = ("full", "lora", "heads")  # those that start as their model
+Kind = Literal["full", "lora", "heads", "image-head"]
+KINDS: tuple[Kind, ...] = ("full", "lora", "heads", "image-head")  # those that start as their model
 HEADS = {"visual_projection.weight", "text_projection.weight"}
 IMAGES = random_images(len(TEXTS), size=40)
 
@@ -76,6 +80,32 @@ def test_the_heads_are_the_two_projections() -> None:
     assert set(part_of("heads").arrays()) == HEADS
 
 
+def test_the_image_head_is_the_image_projection_and_a_shift_that_does_not_train() -> None:
+    part = part_of("image-head")
+    assert set(part.arrays()) == {"visual_projection.weight", IMAGE_SHIFT}
+    assert set(part.parameters()) == {"visual_projection.weight"}
+    assert not part.arrays()[IMAGE_SHIFT].any()
+    with pytest.raises(EncoderError, match="'image_shift' is no parameter of this part"):
+        part.train_only([IMAGE_SHIFT])
+    assert encoders.parts.IMAGE_SHIFT == strategies.share.IMAGE_SHIFT  # one name on both sides of the wall
+
+
+def test_a_centred_image_head_embeds_what_is_left_of_the_features() -> None:
+    part = part_of("image-head")
+    features = part.encoder.image_features(IMAGES)
+    part.load({**part.arrays(), IMAGE_SHIFT: features.mean(0).numpy()})
+    left = (features - features.mean(0)) @ part.encoder.model.visual_projection.weight.T
+    assert embedded(part)[0] == pytest.approx(F.normalize(left, dim=-1).detach().numpy(), abs=1e-5)
+
+
+def test_an_exported_image_head_embeds_like_the_part_and_is_a_plain_model(tmp_path: Path) -> None:
+    part = part_of("image-head")
+    part.load(moved(part))
+    part.merged().export(tmp_path / "model")
+    assert_same(part, load(tmp_path / "model"), within=1e-5)
+    assert set(part.merged().weights()) == set(micro_encoder().weights())
+
+
 def test_the_lora_part_is_two_factors_per_query_and_value_and_the_heads() -> None:
     layers = [f"{tower}_model.encoder.layers.0.self_attn" for tower in ("vision", "text")]
     factors = {
@@ -102,7 +132,7 @@ def test_what_is_not_the_part_stays_as_it_was(kind: Kind) -> None:
     part = part_of(kind)
     before = part.encoder.weights()
     part.load(moved(part))
-    after, own = part.encoder.weights(), set(part.arrays())
+    after, own = part.encoder.weights(), set(part.parameters())
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == own
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from server.federation import Federation
-from strategies.messages import TrainingPlan
+from strategies.messages import CentrePlan, TrainingPlan
 from strategies.settings import SettingsError
 
 MINIMAL = 'version = 1\nname = "demo"\n[privacy]\nepsilon = 3.0\n'
@@ -135,6 +135,11 @@ def test_an_absolute_path_stays(tmp_path: Path) -> None:
         ({"strategy": {"min-sites": 0}}, "greater than or equal to 1"),
         ({"strategy": {"min_site": 1}}, "did you mean 'min-sites'"),
         ({"training": {"rounds": 0}}, "greater than or equal to 1"),
+        ({"centre": {}}, "the centre is of the features that share.part 'image-head' is trained on"),
+        (
+            {"share": {"part": "image-head"}, "secure-aggregation": {}, "simulation": {"sites": "a"}},
+            "part 'image-head' needs the centre of all images, which would leave every site unmasked",
+        ),
         ({"training": {"batch": 8, "sample-rate": 0.1}}, "name one: batch, or sample-rate"),
         ({"training": {"sample-rate": 1.1}}, "less than or equal to 1"),
     ],
@@ -151,6 +156,14 @@ def test_a_step_is_of_a_batch_unless_the_file_says_a_rate(tmp_path: Path) -> Non
     assert (rated.plan().batch, rated.plan().sample_rate) == (None, 0.25)
     again = Federation.parse(rated.model_dump(mode="json", by_alias=True), source="again")
     assert again == rated
+
+
+def test_an_image_head_has_a_centre_whatever_the_file_says_of_it(tmp_path: Path) -> None:
+    head = MINIMAL + '[share]\npart = "image-head"\n'
+    usual, own = load(tmp_path, head), load(tmp_path, head + "[centre]\nnoise-multiplier = 2.0\n")
+    assert usual.plan().centre == CentrePlan(noise_multiplier=5.0, max_norm=1.25**0.5, count_weight=0.5)
+    assert own.plan().centre.noise_multiplier == 2.0  # type: ignore[union-attr]
+    assert load(tmp_path, MINIMAL).plan().centre is None
 
 
 def test_infonce_is_allowed_without_a_claim() -> None:

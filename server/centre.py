@@ -1,0 +1,112 @@
+"""The centre of all sites' image features: from their noisy sums, found once in the life of a run."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.errors import RunError
+from strategies.files import write_bytes
+from strategies.messages import CENTRE_SUM, Arrays, CentrePlan, check_update
+
+CENTRE_FILE = "centre.npy"
+
+
+class CentreSum:
+    """Adds the sites' sums up, one at a time; in an exchange it stands where a strategy stands.
+
+    Weights play no part: a sum over patients is weighed by its patients already.
+
+    Args:
+        plan: What the sites are asked for.
+        width: Numbers of a feature, d.
+        private: Whether the sites add noise.
+    """
+
+    def __init__(self, plan: CentrePlan, *, width: int, private: bool) -> None:
+        self._plan, self._private = plan, private
+        self.like: Arrays = {CENTRE_SUM: np.zeros(width + 1, dtype=np.float32)}
+        self.begin(self.like)
+
+    def begin(self, base: Arrays) -> None:
+        """Start from nothing."""
+        self._total = np.zeros(base[CENTRE_SUM].shape)
+        self._sites = 0
+
+    def correction_for(self, site: str) -> Arrays | None:
+        """Nothing: no gradient is computed."""
+        return None
+
+    def fold(self, site: str, update: Arrays, weight: float) -> None:
+        """Add a site's sum.
+
+        Raises:
+            MessageError: it is none of this plan, or not finite.
+        """
+        check_update(update, self.like)
+        self._total += update[CENTRE_SUM]
+        self._sites += 1
+
+    @property
+    def noise(self) -> float:
+        """Expected length of the noise in the mean of the divided features, whose length is about 1.
+
+        The noise of k sites is sqrt(k) times that of one. Infinite where the noisy count is not positive.
+        """
+        count = self._total[-1] / self._plan.count_weight
+        if not count > 0:
+            return math.inf
+        if not self._private:
+            return 0.0
+        one = self._plan.noise_multiplier * self._plan.max_norm
+        return one * math.sqrt(self._sites * (len(self._total) - 1)) / float(count)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the mean is longer than the noise in it can be expected to be."""
+        return self.noise < 1
+
+    def centre(self) -> NDArray[np.float32]:
+        """The mean feature, shape (d,); zero, which shifts nothing, where noise drowns it."""
+        features = self._total[:-1]
+        if not self.is_used:
+            return np.zeros(len(features), dtype=np.float32)
+        mean = features / (self._total[-1] / self._plan.count_weight)
+        centre: NDArray[np.float32] = (math.sqrt(len(features)) * mean).astype(np.float32)
+        return centre
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the run's events say; the sums are public once they are noised."""
+        noise = self.noise
+        return {
+            "sites": self._sites,
+            "used": self.is_used,
+            "noise": noise if math.isfinite(noise) else None,
+            "length": float(np.linalg.norm(self.centre())),
+        }
+
+
+def keep(centre: NDArray[np.float32], path: Path) -> None:
+    """Write the centre whole or not at all."""
+    content = io.BytesIO()
+    np.save(content, centre, allow_pickle=False)
+    write_bytes(path, content.getvalue())
+
+
+def load(path: Path, *, width: int) -> NDArray[np.float32]:
+    """The centre that `keep` wrote.
+
+    Raises:
+        RunError: the file is damaged, or of another model.
+    """
+    try:
+        centre = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RunError(f"{path} cannot be read ({error}): begin the run anew in another folder") from error
+    if centre.shape != (width,) or centre.dtype != np.float32 or not np.isfinite(centre).all():
+        raise RunError(f"{path} is no centre of {width} numbers: begin the run anew in another folder")
+    return np.asarray(centre)
