@@ -236,7 +236,10 @@ def test_an_image_that_cannot_be_read_costs_that_image_only(root: Path) -> None:
         ("[training]\nround = 3\n", r"unknown key 'training.round'; did you mean 'rounds'?"),
         ("[trainning]\n", r"unknown key 'trainning'; did you mean 'training'?"),
         ('[objective]\nname = "infonce"\n', "couples the patients of a batch, so no epsilon can be claimed"),
-        ('[share]\npart = "everything"\n', "share.part: Input should be 'full', 'lora', 'heads' or"),
+        (
+            '[share]\npart = "everything"\n',
+            "share.part: Input should be 'full', 'lora', 'heads', 'image-head' or",
+        ),
         ("[training\n", "federation.toml is not TOML"),
         ("\0", "federation.toml is not TOML"),
     ],
