@@ -186,7 +186,7 @@ class Runner:
         federation = arm.federation.model_copy(update={"checkpoints": Checkpoints(keep=1)})
         prepared = prepare_start(federation, cache=self._starts)
         sites = [
-            _own_site(site, folder / "sites", private=federation.privacy.mode == "dp")
+            own_site(site, folder / "sites", private=federation.privacy.mode == "dp")
             for site in self._members(arm)
         ]
 
@@ -203,6 +203,21 @@ class Runner:
             resume=True,
             listeners=[tell],
         )
+
+
+def own_site(site: Site, root: Path, *, private: bool) -> Path:
+    """Make a site of an arm's own in ``root``: the given one's cohort and rules, another budget."""
+    folder = root / site.folder.name
+    settings = site.settings.model_dump(mode="json", by_alias=True, exclude_none=True)
+    settings["policy"]["require-dp"] &= private
+    cohort = site.settings.cohort.relative_to(site.folder.resolve())
+    settings["cohort"] = cohort.model_dump(mode="json", by_alias=True, exclude_none=True)
+    _write_site(folder, settings)
+    for shared in (site.cohort_folder, site.folder / SALT_FILE):
+        link = folder / shared.name
+        if shared.exists() and not link.exists():
+            link.symlink_to(shared.resolve(), target_is_directory=shared.is_dir())
+    return folder
 
 
 def _pooled_site(sites: Mapping[str, Site], root: Path) -> Site:
@@ -240,21 +255,6 @@ def _pooled_site(sites: Mapping[str, Site], root: Path) -> Site:
     }
     _write_site(folder, settings)
     return Site.open(folder)
-
-
-def _own_site(site: Site, root: Path, *, private: bool) -> Path:
-    """A site of the arm's own: the given one's cohort and rules, another budget."""
-    folder = root / site.folder.name
-    settings = site.settings.model_dump(mode="json", by_alias=True, exclude_none=True)
-    settings["policy"]["require-dp"] &= private
-    cohort = site.settings.cohort.relative_to(site.folder.resolve())
-    settings["cohort"] = cohort.model_dump(mode="json", by_alias=True, exclude_none=True)
-    _write_site(folder, settings)
-    for shared in (site.cohort_folder, site.folder / SALT_FILE):
-        link = folder / shared.name
-        if shared.exists() and not link.exists():
-            link.symlink_to(shared.resolve(), target_is_directory=shared.is_dir())
-    return folder
 
 
 def _write_site(folder: Path, settings: Mapping[str, Any]) -> None:

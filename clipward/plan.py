@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from privacy.planning import Plan
+    from server.federation import Federation
 
 VERSION = 1
 STUDIES = (2, 3, 5, 10)
@@ -198,11 +199,12 @@ def _completed(given: dict[str, Any], config: Path, *, patients: int) -> dict[st
     if not given.keys() & {"epsilon", "noise_multiplier"}:
         settings["epsilon"] = federation.privacy.epsilon
     if "parameters" not in given:
-        settings["parameters"] = _trained_weights(federation)
+        settings["parameters"] = trained_weights(federation)
     return settings
 
 
-def _trained_weights(federation: Any) -> int:
+def trained_weights(federation: "Federation") -> int:
+    """How many weights a federation's sites train and send."""
     from encoders.parts import trainable_part
     from server.start import build_encoder
 

@@ -306,8 +306,15 @@ def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet |
                 least,
             )
         sets.append(evaluation_set(cohort, cohort.test()))
-    if not any(len(one.texts) for one in sets):
-        return None
+    return together(sets) if any(len(one.texts) for one in sets) else None
+
+
+def together(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """Several sets as one; a finding is unknown in the rows of a set that does not have it.
+
+    Raises:
+        SettingsError: they hold images of different sizes.
+    """
     findings = sorted({finding for one in sets for finding in one.labels})
     unknown = [np.full(len(one.texts), np.nan, dtype=np.float32) for one in sets]
     return EvaluationSet(
