@@ -1,9 +1,9 @@
 """Where privacy is affordable: what a federation adds to its public start, by patients, epsilon and share.
 
-Every arm is the federation of configs/regime.toml over two synthetic hospitals of a number of patients each, run
-as `clipward compare` runs its arms. All arms start from one public start and are measured on the same patients,
-who train nowhere. A finished arm is a row of a JSON file under the digest of all that decides it and is not
-trained again; an arm whose digest has changed is.
+Every arm is the federation of configs/regime.toml over two synthetic hospitals of a number of patients each,
+run as `clipward compare` runs its arms. All arms start from one public start and are measured on the same
+patients, who train nowhere. A finished arm is a row of a JSON file under the digest of all that decides it:
+it is not trained again until that digest changes.
 """
 
 import hashlib
@@ -43,8 +43,9 @@ from server.federation import Checkpoints, Evaluation, Federation
 from server.metrics import read_events
 from server.start import STARTS, Prepared
 from strategies.files import write_text
+from strategies.settings import PairSource
 
-VERSION = 1
+VERSION = 1  # raised with every change of the program that changes figures: all arms are then trained anew
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "bench" / "regime.json"
 SITES, SEED, IMAGE_SIZE = 2, 7, 64
@@ -101,8 +102,8 @@ class Arm:
         """The settings it runs with.
 
         Guarantees:
-            With and without privacy patients are seen equally often: in few large steps where noise is
-            added to each, in batches of at most `PLAIN_BATCH` where there is none.
+            As many patients are expected in all steps under privacy as pairs are drawn without: in few
+            large steps where each adds noise, in batches of at most `PLAIN_BATCH` where none does.
         """
         recipe = RECIPES[self.part]
         batch, steps = max(2, round(recipe.sample_rate * self.patients)), recipe.steps
@@ -132,12 +133,16 @@ class Arm:
         return first.federation
 
     def digest(self, config: Federation, data: Mapping[str, Any]) -> str:
-        """Names all that decides its figures: settings, synthetic data, program."""
-        facts = {
-            "version": (VERSION, version("clipward")),
-            "settings": self.federation(config).public_settings(),
-            "data": {**data, "patients": self.patients},
-        }
+        """Names all that decides its figures: settings, synthetic data, and the program by `VERSION`.
+
+        Settings left at their defaults are the program's, so that a new one changes no digest.
+        """
+        settings = self.federation(config).model_dump(
+            mode="json", by_alias=True, exclude_defaults=True, exclude={"simulation", "checkpoints"}
+        )
+        for place in PairSource.path_keys():
+            settings["public-start"].pop(place, None)
+        facts = {"version": VERSION, "settings": settings, "data": {**data, "patients": self.patients}}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -276,8 +281,8 @@ def complete(
     """The rows of ``arms`` that there are, after training those that there are not.
 
     Guarantees:
-        Every finished arm is in the file before the next one begins, so a run that was killed goes on where it
-        was. Rows of other arms stay in the file, as do those of digests that nothing has any more.
+        Every finished arm is in the file before the next one begins, so a run that was killed goes on where
+        it was. Rows of other arms stay in the file, as do those of digests that nothing has any more.
 
     Args:
         study: The hospitals.
@@ -332,7 +337,7 @@ def table(arms: Sequence[Arm], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(arms: Sequence[Arm], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the lifts into ``path`` (.png or .svg): a panel a part, a line an epsilon, dashed with prototypes."""
+    """Draw the lifts into ``path`` (.png or .svg): a panel a part, a line an epsilon."""
     parts, sizes = list(dict.fromkeys(arm.part for arm in arms)), sorted({arm.patients for arm in arms})
     style = {
         key: COLOURS.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()
