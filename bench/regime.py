@@ -53,7 +53,7 @@ HELD_OUT, PUBLIC = 300, 1200  # patients of each hospital to measure on, and of 
 PLAIN_BATCH = 128
 LIFTED = ("retrieval.image_to_text.r10", "retrieval.text_to_image.r10")
 SIZES, EPSILONS = "300,1000,3000,10000", "1,3,8,none"
-QUICK = ("heads", "100,200", "8,none", "off,on")  # as the options
+QUICK = ("heads", "120,240", "8,none", "off,on")  # as the options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +393,7 @@ def main(
     epsilons: Annotated[str, typer.Option(help="Of every patient; none: no privacy.")] = EPSILONS,
     prototypes: Annotated[str, typer.Option(help="on, off, or both.")] = "off,on",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Heads of 100 and 200 patients over a start of one epoch.")
+        bool, typer.Option("--quick", help="Heads of 120 and 240 patients over a start of one epoch.")
     ] = False,
     train: Annotated[bool, typer.Option(help="Train what is missing; else show what there is.")] = True,
     work: Annotated[Path, typer.Option(help="Folder of hospitals and runs.")] = ROOT
