@@ -220,6 +220,9 @@ def compare(
     share: Annotated[
         str | None, typer.Option(help="Parts, such as heads,lora,full,prompts; by default the file's.")
     ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="With privacy: anchored, microbatch, or both; by default the file's.")
+    ] = None,
     prototypes: Annotated[
         str | None, typer.Option(help="on, off, or on,off, where the file has a [prototypes] table.")
     ] = None,
@@ -253,7 +256,13 @@ def compare(
 
     with errors_in_one_line(_expected()), progress_bars() as show:
         asked = Asked.parse(
-            privacy=privacy, share=share, prototypes=prototypes, seeds=seeds, epsilon=epsilon, rounds=rounds
+            privacy=privacy,
+            share=share,
+            objective=objective,
+            prototypes=prototypes,
+            seeds=seeds,
+            epsilon=epsilon,
+            rounds=rounds,
         )
         comparison, folder = run(Federation.load(federation), asked, runs=runs, on_progress=show)
     for setting, rows in by_setting(comparison.rows):

@@ -3,8 +3,11 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, get_args
 
+from privacy.mechanism import MECHANISMS
+from privacy.mechanism import Kind as MechanismName
 from server.federation import Federation
 from strategies.messages import Part
 from strategies.settings import SettingsError
@@ -21,6 +24,7 @@ class Asked:
     Attributes:
         privacy: With differential privacy, without, or both.
         parts: What is trained and travels.
+        objectives: Losses of the arms with privacy; without it there is one.
         prototypes: The federation with its file's prototypes, without, or both.
         seeds: Of training and, without a public start, of the initial weights.
         epsilon: Of the arms with privacy.
@@ -29,6 +33,7 @@ class Asked:
 
     privacy: tuple[Mode, ...] | None = None
     parts: tuple[Part, ...] | None = None
+    objectives: tuple[MechanismName, ...] | None = None
     prototypes: tuple[bool, ...] | None = None
     seeds: tuple[int, ...] | None = None
     epsilon: float | None = None
@@ -40,6 +45,7 @@ class Asked:
         *,
         privacy: str | None = None,
         share: str | None = None,
+        objective: str | None = None,
         prototypes: str | None = None,
         seeds: str | None = None,
         epsilon: float | None = None,
@@ -56,6 +62,7 @@ class Asked:
         return cls(
             privacy=_chosen(privacy, "privacy", modes),
             parts=_chosen(share, "share", PARTS),
+            objectives=_chosen(objective, "objective", tuple(MECHANISMS)),
             prototypes=chosen and tuple(switches[word] for word in chosen),
             seeds=None if seeds is None else tuple(dict.fromkeys(map(_seed, seeds.split(",")))),
             epsilon=epsilon,
@@ -94,8 +101,11 @@ class Arm:
     @property
     def setting(self) -> str:
         """What it shares with the arms that it is compared with."""
-        epsilon = self.federation.privacy.epsilon
-        return f"{self.federation.share.part}, " + ("no privacy" if epsilon is None else f"ε = {epsilon:g}")
+        epsilon, objective = self.federation.privacy.epsilon, self.federation.objective.name
+        loss = "microbatch, " if objective == "microbatch" else ""
+        return f"{self.federation.share.part}, {loss}" + (
+            "no privacy" if epsilon is None else f"ε = {epsilon:g}"
+        )
 
 
 def arms_of(federation: Federation, asked: Asked, sites: Sequence[str]) -> list[Arm]:
@@ -118,31 +128,43 @@ def arms_of(federation: Federation, asked: Asked, sites: Sequence[str]) -> list[
     """
     together = federation.strategy.asked_of(len(sites))
     arms: list[Arm] = []
-    for mode in asked.privacy or (federation.privacy.mode,):
-        for part in asked.parts or (federation.share.part,):
-            for seed in asked.seeds or (None,):
-                base = _document(federation, asked, mode=mode, part=part, seed=seed)
-                arms += [
-                    Arm(kind="federation", federation=_parsed(each))
-                    for each in _variants(base, asked, federation, mode=mode)
-                ]
-                pooled = _pooled(base, together, sites=len(sites))
-                arms.append(Arm(kind="pooled", federation=_parsed(pooled)))
-                alone = _parsed(_single(base))
-                arms += [Arm(kind="alone", site=site, federation=alone) for site in sites]
+    for mode, part, objective, seed in product(
+        asked.privacy or (federation.privacy.mode,),
+        asked.parts or (federation.share.part,),
+        asked.objectives or (None,),
+        asked.seeds or (None,),
+    ):
+        if mode == "none" and asked.objectives and objective != asked.objectives[0]:
+            continue  # whatever is asked for, without privacy it is one loss
+        base = _document(federation, asked, mode=mode, part=part, objective=objective, seed=seed)
+        arms += [
+            Arm(kind="federation", federation=_parsed(each)) for each in _variants(base, asked, federation)
+        ]
+        pooled = _pooled(base, together, sites=len(sites))
+        arms.append(Arm(kind="pooled", federation=_parsed(pooled)))
+        alone = _parsed(_single(base))
+        arms += [Arm(kind="alone", site=site, federation=alone) for site in sites]
     return arms
 
 
 Document = dict[str, Any]
 
 
-def _document(federation: Federation, asked: Asked, *, mode: Mode, part: Part, seed: int | None) -> Document:
-    """The file's settings with privacy, part, seed and rounds as asked."""
+def _document(
+    federation: Federation,
+    asked: Asked,
+    *,
+    mode: Mode,
+    part: Part,
+    objective: MechanismName | None,
+    seed: int | None,
+) -> Document:
+    """The file's settings with privacy, part, objective, seed and rounds as asked."""
     whole = federation.model_dump(mode="json", by_alias=True, exclude_none=True)
     whole["share"]["part"] = part
     if part != "image-head":
         whole.pop("centre", None)
-    training, objective = whole["training"], whole["objective"]
+    training, loss = whole["training"], whole["objective"]
     if asked.rounds is not None:
         training["rounds"] = asked.rounds
     if seed is not None:
@@ -156,21 +178,24 @@ def _document(federation: Federation, asked: Asked, *, mode: Mode, part: Part, s
                 f"{federation.name} names no epsilon: say --epsilon for the arms with privacy"
             )
         whole["privacy"] = {**whole["privacy"], "mode": "dp", "epsilon": epsilon}
-        if objective["name"] == "infonce":
-            objective["name"] = "anchored"
+        if objective is not None:
+            loss["name"] = objective
+        elif loss["name"] == "infonce":
+            loss["name"] = "anchored"
         training["keep-optimizer"] = False
         training.pop("epochs", None)
     else:
         whole["privacy"] = {"mode": "none"}
-        objective["name"] = "infonce"
-        objective.pop("prototypes", None)
+        loss["name"] = "infonce"
         if training["optimizer"] == "dp-adambc":
             training["optimizer"] = "adamw"
+    if loss["name"] != "anchored":
+        loss.pop("prototypes", None)
     return whole
 
 
-def _variants(base: Document, asked: Asked, federation: Federation, *, mode: Mode) -> Iterator[Document]:
-    """The federation without and with prototypes; without privacy there are none."""
+def _variants(base: Document, asked: Asked, federation: Federation) -> Iterator[Document]:
+    """The federation without and with prototypes, which are anchors: without those there are none."""
     table = federation.prototypes
     wanted = asked.prototypes or (table is not None,)
     if asked.prototypes and True in asked.prototypes and table is None:
@@ -178,9 +203,10 @@ def _variants(base: Document, asked: Asked, federation: Federation, *, mode: Mod
             f"{federation.name} has no [prototypes] table: add one, or leave --prototypes out"
         )
     without = {key: value for key, value in base.items() if key != "prototypes"}
-    if mode == "none" or False in wanted:
+    anchored = base["objective"]["name"] == "anchored"
+    if not anchored or False in wanted:
         yield without
-    if mode == "dp" and True in wanted:
+    if anchored and True in wanted:
         yield base
 
 

@@ -142,6 +142,28 @@ def test_prototypes_are_the_federations_alone_and_only_with_privacy(tmp_path: Pa
         arms_of(federation(tmp_path), Asked.parse(prototypes="on"), NAMES)
 
 
+def test_every_objective_has_its_arms_and_only_anchors_have_prototypes(tmp_path: Path) -> None:
+    file = federation(tmp_path, **PROTOTYPES)
+    arms = arms_of(file, Asked.parse(objective="anchored,microbatch", privacy="dp,none"), NAMES[:1])
+    assert [(arm.setting, arm.name, arm.federation.objective.name) for arm in arms] == [
+        ("heads, ε = 8", "federation, prototypes", "anchored"),
+        ("heads, ε = 8", "pooled", "anchored"),
+        ("heads, ε = 8", "site-1 alone", "anchored"),
+        ("heads, microbatch, ε = 8", "federation", "microbatch"),
+        ("heads, microbatch, ε = 8", "pooled", "microbatch"),
+        ("heads, microbatch, ε = 8", "site-1 alone", "microbatch"),
+        ("heads, no privacy", "federation", "infonce"),
+        ("heads, no privacy", "pooled", "infonce"),
+        ("heads, no privacy", "site-1 alone", "infonce"),
+    ]
+
+
+def test_a_centre_is_the_image_heads_alone(tmp_path: Path) -> None:
+    file = federation(tmp_path, share={"part": "image-head"}, centre={"noise-multiplier": 2.0})
+    arms = arms_of(file, Asked.parse(share="image-head,heads"), NAMES[:1])
+    assert [arm.federation.centre for arm in arms] == [file.centre] * 3 + [None] * 3
+
+
 def test_every_part_and_seed_has_its_arms(tmp_path: Path) -> None:
     asked = Asked.parse(share="heads,lora", seeds="1, 2", rounds=7)
     arms = arms_of(federation(tmp_path), asked, NAMES)
@@ -164,10 +186,11 @@ def test_a_public_start_is_the_same_for_every_seed(tmp_path: Path) -> None:
     [
         (
             {"share": "heads,loar"},
-            r"--share 'loar' is none of full, lora, heads, prompts; did you mean 'lora'",
+            r"--share 'loar' is none of full, lora, heads, image-head, prompts; did you mean 'lora'",
         ),
-        ({"share": ""}, r"--share '' is none of full, lora, heads, prompts$"),
+        ({"share": ""}, r"--share '' is none of full, lora, heads, image-head, prompts$"),
         ({"privacy": "DP"}, r"--privacy 'DP' is none of dp, none"),
+        ({"objective": "infonce"}, r"--objective 'infonce' is none of anchored, microbatch"),
         ({"prototypes": "yes"}, r"--prototypes 'yes' is none of on, off"),
         ({"seeds": "1,-2"}, r"--seeds '-2' is no number from 0: say, for instance, --seeds 1,2,3"),
         ({"seeds": ""}, r"--seeds '' is no number from 0"),
@@ -467,5 +490,6 @@ def test_the_command_prints_table_and_reading_or_one_line(
     wrong = CliRunner().invoke(app, ["compare", "federation.toml", "--share", "headz"])
     assert wrong.exit_code == 2
     assert (
-        "error: --share 'headz' is none of full, lora, heads, prompts; did you mean 'heads'?" in wrong.stderr
+        "error: --share 'headz' is none of full, lora, heads, image-head, prompts; did you mean 'heads'?"
+        in wrong.stderr
     )
