@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from clipward.compare_arms import Arm, Asked, arms_of
 from clipward.compare_picture import draw
-from clipward.compare_results import HEADERS, PICTURE, Comparison, cells
+from clipward.compare_results import BRIEF_HEADERS, PICTURE, Comparison, brief_cells
 from clipward.compare_rows import Row
 from clipward.compare_runs import Outcome, Runner
 from clipward.public_start import Progress
@@ -56,13 +57,13 @@ def compare(
 
 
 def table_of(title: str, rows: list[Row]) -> Table:
-    """The arms of one setting as a table for the terminal."""
-    table = Table(title=title, title_justify="left")
-    table.add_column(HEADERS[0], no_wrap=True)
-    for header in HEADERS[1:]:
+    """The arms of one setting as a table for a terminal of 80 columns; the files have all figures."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(BRIEF_HEADERS[0], overflow="fold")
+    for header in BRIEF_HEADERS[1:]:
         table.add_column(header, justify="right")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*brief_cells(row))
     return table
 
 

@@ -29,6 +29,7 @@ HEADERS = (
     "s",
     "ε",
 )
+BRIEF_HEADERS = ("arm", "image → text R@10 %", "text → image R@10 %", "macro AUROC", "up", "s", "ε")
 COSTS = ("bytes_up", "bytes_down", "seconds", "epsilon", "delta", "sites", "problem")
 
 
@@ -97,6 +98,14 @@ def cells(row: Row) -> list[str]:
         "-" if row.seconds is None else f"{row.seconds:.0f}",
         "-" if row.epsilon is None else epsilon_text(row.epsilon),
     ]
+
+
+def brief_cells(row: Row) -> list[str]:
+    """The same under `BRIEF_HEADERS`, without what a narrow terminal has no room for."""
+    name, *_, auroc, up, _, seconds, epsilon = cells(row)
+    recalls = (f"retrieval.{way}.r10" for way in ("image_to_text", "text_to_image"))
+    shorter = [shown(measure, row.measures.get(measure)) for measure in recalls]
+    return [name, *shorter, auroc, up, seconds, epsilon]
 
 
 def _recalls(row: Row, way: str) -> str:

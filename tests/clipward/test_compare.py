@@ -1,6 +1,7 @@
 """What a consortium asks first: the federation beside all data in one place and every site alone."""
 
 import csv
+import io
 import json
 import logging
 import shutil
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from client.site import Site
 from clipward import compare_reading
 from clipward.cli import app
-from clipward.compare import compare
+from clipward.compare import compare, table_of
 from clipward.compare_arms import Arm, Asked, arms_of
 from clipward.compare_picture import draw
 from clipward.compare_reading import reading
@@ -454,6 +456,33 @@ def test_one_seed_is_called_what_it_is(told: Callable[..., list[Row]]) -> None:
     assert "One seed: nothing is known of how much of that is chance." in text
     unmeasured = reading(told(values), metric="zero_shot.macro_auroc", pairs=50, sites=2)[0]
     assert unmeasured == "heads, no privacy: federation without figures."
+
+
+def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
+    wide = Estimate(mean=0.234, margin=0.229)
+    row = Row(
+        setting="heads, ε = 8",
+        name="vascular-and-lymphatic alone",
+        kind="alone",
+        site="vascular-and-lymphatic",
+        values={},
+        measures=dict.fromkeys(MEASURES, wide),
+        chances={},
+        bytes_up=369.7e6,
+        bytes_down=369.7e6,
+        seconds=1331.0,
+        epsilon=8.0,
+        delta=1e-3,
+        sites=10,
+        problem=None,
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table_of("small: heads, ε = 8", [row]))
+    printed = console.export_text()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    for figure in ("23.4 ± 22.9", "369.7 MB", "1331", "8.00"):
+        assert figure in printed
 
 
 def test_a_picture_is_drawn_even_of_nothing(told: Callable[..., list[Row]], tmp_path: Path) -> None:
