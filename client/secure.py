@@ -1,4 +1,4 @@
-"""A site's part in a secure sum: it trains as always, and what leaves is masked.
+"""A site's part in a secure sum: it makes its release as always, and what leaves is masked.
 
 The attempt under way lives in this process alone: a site that was restarted has dropped out of it.
 """
@@ -17,6 +17,7 @@ from strategies.messages import (
     Dealt,
     Mask,
     Masked,
+    Phase,
     Ready,
     RefusalCode,
     Release,
@@ -32,6 +33,7 @@ from strategies.secure_sum.site import SiteSession
 from strategies.share import wire_of
 
 AGREEMENTS = "agreements"
+SUMMED: frozenset[Phase] = frozenset({"train", "prototypes"})
 _ATTEMPTS = 4  # of runs that a site takes part in at the same time
 
 _sessions: dict[Path, dict[str, tuple[Terms, SiteSession]]] = {}
@@ -92,6 +94,12 @@ def _session(site: Site, request: TrainRequest, terms: Terms) -> SiteSession:
         raise TermsRefused("the terms are of another request than the one they came with")
     if (terms.run, terms.server_round) != (request.run, request.server_round):
         raise TermsRefused("the terms name another run or round than their request")
+    if request.phase not in SUMMED:
+        raise TermsRefused(
+            f"answers of phase {request.phase!r} are used one by one: only updates and prototypes are summed"
+        )
+    if request.phase == "prototypes" and terms.weighting != "equal":
+        raise TermsRefused("sums of prototypes are added up as they are: expected weighting 'equal'")
     if (wire := wire_of(request)) != "fp32":
         raise TermsRefused(f"what travels as {wire} cannot be summed under masks: ask for fp32")
     attempts = _sessions.setdefault(site.folder, {})

@@ -33,12 +33,11 @@ from strategies.messages import (
 )
 from strategies.secure_sum.coordinator import SecureSum
 from strategies.secure_sum.errors import SecureSumError
+from strategies.secure_sum.messages import Weighting
 from strategies.share import wire_of
 from strategies.wire import unpack
 
 logger = logging.getLogger(f"clipward.{__name__}")
-
-Weighting = Literal["declared", "equal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +139,10 @@ class Question:
     def refused(self) -> str:
         """The event of a refusal."""
         return "site_refused" if self.request.phase == "train" else f"{self.request.phase}_refused"
+
+    def weighting(self, asked: Weighting) -> Weighting:
+        """How sites are weighed that are asked to be weighed so: only updates are averaged."""
+        return asked if self.request.phase == "train" else "equal"
 
     @property
     def takes_late(self) -> bool:
@@ -332,7 +335,8 @@ class Exchange:
     def _fold(self, release: Release, question: Question, *, factor: float = 1.0) -> _Folded | Refusal:
         begin, request = time.monotonic(), question.request
         facts = release.facts
-        weight = facts.patients_declared if self._rules.weighting == "declared" else 1
+        declared = question.weighting(self._rules.weighting) == "declared"
+        weight = facts.patients_declared if declared else 1
         try:
             update = unpack(release.update, wire_of(request), like=question.like)
             question.folding.fold(facts.site, update, factor * weight)

@@ -171,14 +171,15 @@ class Prototypes(Settings):
     max_norm: float | None = Field(default=None, gt=0)
     least_cosine: float = Field(default=0.5, gt=0, lt=1)
 
-    def plan(self) -> PrototypePlan:
-        """What sites are asked for."""
+    def plan(self, *, wire: Wire) -> PrototypePlan:
+        """What sites are asked for, and in which form."""
         fits = math.sqrt(2 * (1 + self.count_weight**2))
         return PrototypePlan(
             findings=self.findings,
             noise_multiplier=self.noise_multiplier,
             max_norm=fits if self.max_norm is None else self.max_norm,
             count_weight=self.count_weight,
+            wire=wire,
         )
 
 
@@ -347,12 +348,13 @@ class Strategy(StrategySettings):
 
 
 class SecureAggregation(Settings):
-    """Updates are summed under masks, so that the coordinator learns none by itself.
+    """Updates and prototypes are summed under masks, so that the coordinator learns no site's by itself.
 
     Attributes:
         threshold: Fewest sites of a sum, and how many it takes to unmask one; without it, the smallest safe
             one: more than half of the sites asked, and at least ``strategy.min-sites``.
-        value_range: Largest magnitude of a value in an update; one beyond it is refused by its site.
+        value_range: Largest magnitude of a value in an update; one beyond it is refused by its site. That of
+            prototypes follows from the declared patients.
         step_seconds: Longest wait for one of the four steps after the training.
         skip_failed: Pass over a round of which no sum was made however often it was repeated: the weights
             stay, and what it cost its sites stays spent. False: the run stops, and can be resumed.
@@ -634,8 +636,6 @@ class Federation(Settings):
 
     def _require_secure_sums(self, secure: SecureAggregation) -> None:
         secure.require_fit(self.strategy, self.share)
-        if self.prototypes is not None:
-            raise ValueError("prototypes would leave every site unmasked: remove one of the two tables")
         if self.share.part == "image-head":
             raise ValueError(
                 "part 'image-head' needs the centre of all images, which would leave every site unmasked: "
@@ -686,6 +686,11 @@ class Federation(Settings):
             shown["objective"]["prototypes"] = self.objective.prototypes.name
         return shown
 
+    def _prototype_plan(self) -> PrototypePlan | None:
+        if self.prototypes is None:
+            return None
+        return self.prototypes.plan(wire="bf16" if self.secure_aggregation is None else "fp32")
+
     def _loss_plan(self) -> LossPlan | None:
         if not self.strategy.needs_losses:
             return None
@@ -709,7 +714,7 @@ class Federation(Settings):
             personal=self.share.keep,
             wire=self.share.wire,
             proximal=self.strategy.proximal,
-            prototypes=None if self.prototypes is None else self.prototypes.plan(),
+            prototypes=self._prototype_plan(),
             losses=self._loss_plan(),
             centre=self._centre_plan(),
             objective=self.objective.name,

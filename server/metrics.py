@@ -148,13 +148,13 @@ def effective(events: Sequence[Event]) -> list[Event]:
     """Keep what counts when rounds were repeated after a crash.
 
     Guarantees:
-        Of events that say the same thing (same kind, round and site) only the last remains, in order. A
-        reply and a refusal are two answers to the same question, so the later of them wins.
+        Of events that say the same thing (same kind, round, phase and site) only the last remains, in order.
+        A reply and a refusal are two answers to the same question, so the later of them wins.
     """
-    last: dict[tuple[Any, Any, Any], Event] = {}
+    last: dict[tuple[Any, ...], Event] = {}
     for event in reversed(events):
         question = _ANSWERS.get(event["kind"], event["kind"])
-        last.setdefault((question, event.get("round"), event.get("site")), event)
+        last.setdefault((question, *(event.get(key) for key in ("round", "phase", "site"))), event)
     return list(reversed(last.values()))
 
 

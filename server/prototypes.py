@@ -16,6 +16,7 @@ from strategies.messages import PROTOTYPE_SUMS, Arrays, PrototypePlan, check_upd
 from tasks.concepts import Concept, finding_concepts
 
 PROTOTYPES_FOLDER = "prototypes"
+_LARGEST_NOISE = 10.0  # standard deviations
 EmbedConcepts = Callable[[Arrays, tuple[Concept, ...]], NDArray[np.float32]]
 
 
@@ -51,8 +52,9 @@ class Prototypes:
 class PrototypeSum:
     """Adds releases up, one at a time; in an exchange it stands where a strategy stands.
 
-    Every site's noise is of one size, so the noise of k sites is sqrt(k) times that. Weights play no part:
-    a sum over patients is weighed by its patients already.
+    Every site's noise is of one size, so the noise of k sites is sqrt(k) times that: of those in the sum, and
+    not of those that were asked. No site is weighed, since a sum over patients is weighed by its patients
+    already; a weight of k says that k sites stand behind an update, which is their mean (a secure sum).
     """
 
     def __init__(self, prototypes: Prototypes) -> None:
@@ -69,14 +71,14 @@ class PrototypeSum:
         return None
 
     def fold(self, site: str, update: Arrays, weight: float) -> None:
-        """Add a release.
+        """Add a release, or the mean of ``weight`` of them.
 
         Raises:
             MessageError: it is none of this plan, or not finite.
         """
         check_update(update, self._prototypes.like)
-        self._total += update[PROTOTYPE_SUMS]
-        self._sites += 1
+        self._total += weight * update[PROTOTYPE_SUMS].astype(np.float64)
+        self._sites += round(weight)
 
     def sums(self) -> NoisySums:
         """What all of them released together."""
@@ -109,6 +111,16 @@ class PrototypeSum:
             },
             "least_count": least,
         }
+
+
+def largest_value(plan: PrototypePlan, *, patients: int) -> float:
+    """Bound on the values that a site of so many declared patients releases: the range of a secure sum.
+
+    A patient adds ``max_norm`` at most to all values together, and so to each. Noise is beyond ten standard
+    deviations once in 6e22 values. The site refuses a value beyond the range, and decides that on what it has
+    noised, so a site that declared too few patients betrays none of them.
+    """
+    return plan.max_norm * (patients + _LARGEST_NOISE * plan.noise_multiplier)
 
 
 def keep(bank: PrototypeBank, path: Path) -> None:

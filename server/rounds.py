@@ -221,6 +221,9 @@ class _Run:
         sites = self._drawn(server_round)
         self._log.record("round_started", round=server_round, sites=[site.name for site in sites])
         prototypes = self._prototypes(server_round, base, sites)
+        if isinstance(prototypes, Outcome):
+            self._dismiss(server_round, prototypes)
+            return prototypes
         self._hear_losses(server_round, base, sites, prototypes)
         request = replace(self._request(server_round, base), prototypes=prototypes)
         question = Question(request=request, folding=self._strategy, like=released(request))
@@ -241,19 +244,26 @@ class _Run:
         self._heard = server_round
         self._log.record("losses_heard", round=server_round, losses=losses.by_site)
 
-    def _prototypes(self, server_round: int, base: Arrays, sites: Sequence[Site]) -> PrototypeBank | None:
-        """This round's prototypes, made of the sites' or, where that was done before, read."""
-        prototypes = self._start.prototypes
+    def _prototypes(
+        self, server_round: int, base: Arrays, sites: Sequence[Site]
+    ) -> PrototypeBank | Outcome | None:
+        """This round's prototypes, made of the sites' or, where that was done before, read.
+
+        Returns:
+            Them; null: the round trains without; or what came of a secure sum that was not made. Sites have
+            paid for what is in it, so the round waits for it, or is passed over.
+        """
+        prototypes, path = self._start.prototypes, self._prototype_file(server_round)
         if prototypes is None:
             return None
-        path = self._run_dir / PROTOTYPES_FOLDER / f"round-{server_round:04d}.safetensors"
         if path.is_file():
             return PrototypeBank.load(path)
         total = PrototypeSum(prototypes)
         request = replace(self._request(server_round, base), phase="prototypes")
-        outcome = self._exchange.round(Question(request=request, folding=total, like=prototypes.like), sites)
-        if not outcome.replied:
-            return None  # each site's refusal is in the log; the round trains without
+        question = Question(request=request, folding=total, like=prototypes.like)
+        outcome = (self._secure or self._exchange).round(question, sites)
+        if not outcome.replied:  # each site's refusal is in the log
+            return outcome if outcome.reason else None
         bank = total.bank(base)
         keep(bank, path)
         self._log.record("prototypes_made", round=server_round, **total.facts())
@@ -263,7 +273,7 @@ class _Run:
         """Who is asked: a draw from the ready sites; one that is late sits out if others suffice."""
         strategy, engaged = self._federation.strategy, self._late.engaged
         ready = self._roster_of(server_round)
-        bound = self._secure.bound(server_round) if self._secure else None
+        bound = self._bound(server_round)
         if bound is not None:
             return [site for site in ready if site.name in bound]
         free = [site for site in ready if site.name not in engaged]
@@ -288,6 +298,16 @@ class _Run:
                 "stands its release of an earlier round",
             )
         return sites
+
+    def _bound(self, server_round: int) -> frozenset[str] | None:
+        """Who alone can be asked for the secure sum that is due; null: anybody."""
+        if self._secure is None:
+            return None
+        due = self._start.prototypes is not None and not self._prototype_file(server_round).is_file()
+        return self._secure.bound(server_round, "prototypes" if due else "train")
+
+    def _prototype_file(self, server_round: int) -> Path:
+        return self._run_dir / PROTOTYPES_FOLDER / f"round-{server_round:04d}.safetensors"
 
     def _roster_of(self, server_round: int) -> list[Site]:
         strategy = self._federation.strategy

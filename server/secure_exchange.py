@@ -1,4 +1,4 @@
-"""One round as a secure sum: updates come under masks, and the coordinator sees their mean alone."""
+"""Answers of a round as a secure sum: they come under masks, and the coordinator sees their mean alone."""
 
 import logging
 import time
@@ -15,6 +15,7 @@ from server.errors import RunError
 from server.exchange import Exchange, Outcome, Question, awaited
 from server.federation import SecureAggregation
 from server.metrics import RunLog
+from server.prototypes import largest_value
 from server.replies import UNKNOWN, read, refusal
 from server.roster import Site
 from strategies.files import write_text
@@ -32,6 +33,7 @@ from strategies.messages import (
     Mask,
     Masked,
     MessageError,
+    Phase,
     Refusal,
     RefusalCode,
     Revealed,
@@ -69,7 +71,7 @@ class Pledge(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class Pledges:
-    """One small file a round.
+    """One small file a round, of one phase.
 
     Guarantees:
         When `keep` returns, the pledge is on the disk.
@@ -93,7 +95,7 @@ class Pledges:
 
     def keep(self, pledge: Pledge) -> Pledge:
         """Write it down before it is acted on."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._path(pledge.terms.server_round), pledge.model_dump_json(indent=2) + "\n")
         return pledge
 
@@ -102,7 +104,9 @@ class Pledges:
 
 
 class SecureExchange:
-    """Asks the sites of a round for one secure sum.
+    """Asks the sites of a round for one secure sum: of their updates, or of their prototypes.
+
+    Each has a request, terms, keys and masks of its own: nothing of one fits the other.
 
     Args:
         grid: Flower's way to the sites.
@@ -126,19 +130,23 @@ class SecureExchange:
         log: RunLog,
     ) -> None:
         self._grid, self._exchange, self._settings, self._log = grid, exchange, settings, log
-        self._weighting, self._min_sites = weighting, min_sites
-        self._pledges = Pledges(folder=folder)
+        self._weighting, self._min_sites, self._folder = weighting, min_sites, folder
 
-    def bound(self, server_round: int) -> frozenset[str] | None:
-        """Who alone can be asked for this round, because sites hold the coordinator to it; null: anybody."""
-        pledge = self._pledges.of(server_round)
-        return frozenset(_askable(pledge)) if pledge and pledge.masked else None
+    def bound(self, server_round: int, phase: Phase) -> frozenset[str] | None:
+        """Who alone can be asked for the round of this sum; null: anybody.
+
+        Sites hold the coordinator to it. One that dropped out of a sum of prototypes trains all the same.
+        """
+        pledge = self._pledges(phase).of(server_round)
+        if pledge is None or not pledge.masked:
+            return None
+        return frozenset(_askable(pledge) if phase == "train" else pledge.terms.names)
 
     def round(self, question: Question, sites: Sequence[Site]) -> Outcome:
-        """Ask ``sites`` to train, and fold the mean of what they mask into the question's folding.
+        """Ask ``sites``, and fold the mean of what they mask into the question's folding.
 
         Guarantees:
-            No update of a single site reaches this process unmasked. Those in ``replied`` are in the mean;
+            No answer of a single site reaches this process unmasked. Those in ``replied`` are in the mean;
             with fewer than the threshold there is none, nothing was unmasked, and ``replied`` is empty. What
             sites could hold the coordinator to is on the disk before they learn of it.
 
@@ -147,7 +155,7 @@ class SecureExchange:
             sites: Whom to ask.
         """
         began, request = time.monotonic(), question.request
-        refused = self._strangers(request, sites)
+        refused = self._strangers(question, sites)
         try:
             pledge = self._pledge(question, [site for site in sites if site not in refused])
         except SecureSumError as error:
@@ -157,13 +165,18 @@ class SecureExchange:
         asked = {site.name: site for site in sites if site.name in _askable(pledge)}
         secure = SecureSum(terms, question.like)
         told = replace(question, request=replace(request, secure=terms), secure=secure)
-        trained = self._exchange.round(told, list(asked.values()))
+        offered = self._exchange.round(told, list(asked.values()))
         attempt = _Attempt(
-            self._grid, secure, sites=asked, log=self._log, step_seconds=self._settings.step_seconds
+            self._grid,
+            secure,
+            phase=request.phase,
+            sites=asked,
+            log=self._log,
+            step_seconds=self._settings.step_seconds,
         )
-        outcome = replace(trained, refused={**refused, **trained.refused})
+        outcome = replace(offered, refused={**refused, **offered.refused})
         try:
-            mean, weight = attempt.go(pledge, self._pledges)
+            mean, weight = attempt.go(pledge, self._pledges(request.phase))
         except SecureSumError as error:
             refused = {**outcome.refused, **attempt.dropped}
             return self._failed(request, terms.attempt, error, replace(outcome, replied={}, refused=refused))
@@ -173,6 +186,7 @@ class SecureExchange:
         self._log.record(
             "sum_made",
             round=request.server_round,
+            phase=request.phase,
             attempt=terms.attempt,
             sites=list(summed),
             threshold=terms.threshold,
@@ -190,14 +204,14 @@ class SecureExchange:
             aggregate_seconds=attempt.mean_seconds + now - begin,
         )
 
-    def _strangers(self, request: TrainRequest, sites: Sequence[Site]) -> dict[Site, RefusalCode]:
+    def _strangers(self, question: Question, sites: Sequence[Site]) -> dict[Site, RefusalCode]:
         """Sites without a key in the federation file: no other site would be summed with them."""
         strangers = [site for site in sites if site.name not in self._settings.sites]
         for site in strangers:
             logger.warning("site %s has no key under secure-aggregation.sites: it is not asked", site.name)
             self._log.record(
-                "site_refused",
-                round=request.server_round,
+                question.refused,
+                round=question.request.server_round,
                 site=site.name,
                 code=RefusalCode.POLICY,
                 incident=UNKNOWN,
@@ -206,15 +220,16 @@ class SecureExchange:
 
     def _pledge(self, question: Question, sites: Sequence[Site]) -> Pledge:
         """The next attempt at this request, written down: under the terms of before, where sites masked."""
-        before, request = self._pledges.of(question.request.server_round), question.request
+        request, pledges = question.request, self._pledges(question.request.phase)
+        before = pledges.of(request.server_round)
         if before is not None and before.terms.request == request.digest:
             attempt = before.terms.attempt + 1
             if before.masked:
                 terms = replace(before.terms, attempt=attempt)
-                return self._pledges.keep(before.model_copy(update={"terms": terms}))
+                return pledges.keep(before.model_copy(update={"terms": terms}))
         else:
             attempt = 1
-        equal = self._weighting == "equal"
+        weighting = question.weighting(self._weighting)
         threshold = self._settings.threshold or self._settings.least_threshold(len(sites), self._min_sites)
         terms = Terms(
             run=request.run,
@@ -224,23 +239,40 @@ class SecureExchange:
             participants=tuple(
                 Participant(
                     site=site.name,
-                    weight=1 if equal else site.patients,
+                    weight=1 if weighting == "equal" else site.patients,
                     public=self._settings.sites[site.name],
                 )
                 for site in sites
             ),
             threshold=threshold,
-            value_range=self._settings.value_range,
-            weighting=self._weighting,
+            value_range=self._value_range(request, sites),
+            weighting=weighting,
         )
-        return self._pledges.keep(Pledge(terms=terms))
+        return pledges.keep(Pledge(terms=terms))
+
+    def _value_range(self, request: TrainRequest, sites: Sequence[Site]) -> float:
+        """What no site's values are to pass: as the consortium set it, or from what the sites declare."""
+        plan = request.plan.prototypes
+        if request.phase != "prototypes" or plan is None:
+            return self._settings.value_range
+        return largest_value(plan, patients=max((site.patients for site in sites), default=1))
+
+    def _pledges(self, phase: Phase) -> Pledges:
+        return Pledges(folder=self._folder if phase == "train" else self._folder / phase)
 
     def _failed(
         self, request: TrainRequest, attempt: int, error: SecureSumError, outcome: Outcome
     ) -> Outcome:
-        logger.warning("round %d: no secure sum: %s", request.server_round, error)
-        self._log.record("sum_failed", round=request.server_round, attempt=attempt, reason=str(error))
-        return replace(outcome, reason=f"no secure sum was made: {error}")
+        logger.warning("round %d, %s: no secure sum: %s", request.server_round, request.phase, error)
+        self._log.record(
+            "sum_failed",
+            round=request.server_round,
+            phase=request.phase,
+            attempt=attempt,
+            reason=str(error),
+        )
+        of = "" if request.phase == "train" else f" of {request.phase}"
+        return replace(outcome, reason=f"no secure sum{of} was made: {error}")
 
 
 class _Attempt:
@@ -257,12 +289,13 @@ class _Attempt:
         grid: Grid,
         secure: SecureSum,
         *,
+        phase: Phase,
         sites: Mapping[str, Site],
         log: RunLog,
         step_seconds: float,
     ) -> None:
         self._grid, self._secure, self._sites, self._log = grid, secure, sites, log
-        self._step_seconds, self._terms = step_seconds, secure.terms
+        self._phase, self._step_seconds, self._terms = phase, step_seconds, secure.terms
         self.survivors: tuple[str, ...] = ()
         self.dropped: dict[Site, RefusalCode] = {}
         self.mean_seconds = 0.0
@@ -323,6 +356,7 @@ class _Attempt:
                 self._log.record(
                     "site_dropped_out",
                     round=self._terms.server_round,
+                    phase=self._phase,
                     site=name,
                     step=action.removeprefix("query."),
                     code=refused.code,
@@ -356,8 +390,13 @@ class _Attempt:
     def _fold(self, secure: SecureSum, name: str, said: Masked) -> None:
         _require_own(name, said.site)
         secure.fold(name, said.arrays)
-        up = bytes_of(said.arrays)
-        self._log.record("site_masked", round=self._terms.server_round, site=name, bytes_up=up)
+        self._log.record(
+            "site_masked",
+            round=self._terms.server_round,
+            phase=self._phase,
+            site=name,
+            bytes_up=bytes_of(said.arrays),
+        )
 
 
 def _take_shares(secure: SecureSum, name: str, said: Dealt) -> None:

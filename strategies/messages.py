@@ -103,12 +103,15 @@ class PrototypePlan(Facts):
         noise_multiplier: Noise standard deviation over ``max_norm``, in every release.
         max_norm: Bound on what a patient adds to all sums and counts together.
         count_weight: What a patient of one concept adds to its count, in the units of embeddings.
+        wire: How the sums travel. They lose nothing in bfloat16 that their noise left, and secure sums are
+            made of fp32.
     """
 
     findings: tuple[Label, ...] = Field(min_length=1, max_length=256)
     noise_multiplier: float = Field(gt=0)
     max_norm: float = Field(gt=0)
     count_weight: float = Field(gt=0)
+    wire: Wire = "bf16"
 
 
 class LossPlan(Facts):

@@ -45,8 +45,11 @@ def released(request: TrainRequest) -> Arrays:
 
 
 def wire_of(request: TrainRequest) -> Wire:
-    """The form of the answer. Prototypes lose nothing in bfloat16 that their noise left."""
-    forms: dict[Phase, Wire] = {"train": request.plan.wire, "prototypes": "bf16"}
+    """The form of the answer."""
+    plan = request.plan
+    forms: dict[Phase, Wire] = {"train": plan.wire}
+    if plan.prototypes is not None:
+        forms["prototypes"] = plan.prototypes.wire
     return forms.get(request.phase, "fp32")
 
 

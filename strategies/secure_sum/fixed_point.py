@@ -78,7 +78,7 @@ class FixedPoint:
             raise OutOfRange(
                 f"array {name!r} holds values from {low:.3g} to {high:.3g}, beyond the agreed range of "
                 f"±{self.value_range:g}: agree on a wider range (twice as wide costs one bit of 31) or train "
-                "with a smaller learning rate"
+                "with a smaller learning rate; that of prototypes follows from the patients that are declared"
             )
 
     def encode(self, values: NDArray[Any], *, weight: int) -> NDArray[np.uint32]:

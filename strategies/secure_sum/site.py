@@ -148,7 +148,7 @@ class SiteSession:
             update: Float32, already noised.
 
         Raises:
-            OutOfRange: a value does not fit; nothing was masked.
+            OutOfRange: a value does not fit; nothing was masked, and the terms are agreed to all the same.
             PeerRefused: a share was tampered with.
             StepRefused: it was masked before or is not yet due, fewer than the threshold dealt, or the answer
                 to the same request was masked under other terms.
@@ -159,11 +159,12 @@ class SiteSession:
                 "start a new attempt"
             )
         self._require_enough([share.dealer for share in shares], "deal shares", among=self._offers)
-        for name, values in update.items():
-            self._terms.grid.check(name, values)
         opened = {share.dealer: self._opened(share) for share in shares}
         keys = {name: self._pair_key(name) for name in opened if name != self._site}
+        # Before the range is looked at: refusals under range after range would tell the largest value.
         self._agree("terms", self._terms.lasting)
+        for name, values in update.items():
+            self._terms.grid.check(name, values)
         self._shares = opened
         return self._masked(update, keys)
 

@@ -5,16 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from client import secure
+from client.releases import ReleaseStore
 from client.secure import answer_agree, answer_deal, answer_mask, answer_request, answer_unmask
 from client.site import PINS_FILE, Site
 from privacy.errors import KeyUnusable
+from privacy.prototypes import PrototypeRelease
 from strategies.messages import (
+    PROTOTYPE_SUMS,
     Agree,
     Deal,
+    LossPlan,
     Mask,
+    Phase,
+    PrototypePlan,
     Ready,
     Refusal,
     RefusalCode,
@@ -23,12 +30,15 @@ from strategies.messages import (
     Unmask,
     decode,
 )
-from strategies.secure_sum.errors import StepRefused, TermsRefused
+from strategies.secure_sum.errors import OutOfRange, StepRefused, TermsRefused
 from strategies.secure_sum.messages import Participant, Terms
 from strategies.settings import SettingsError
 from tests.small_hospitals import ask, change_site, plain_plan, ready, request
 
 NAMES = ["site-1", "site-2", "site-3"]
+PROTOTYPES = PrototypePlan(
+    findings=("effusion", "opacity"), noise_multiplier=2.0, max_norm=1.6, count_weight=0.5, wire="fp32"
+)
 
 
 @pytest.fixture
@@ -108,6 +118,80 @@ def test_what_travels_shortened_cannot_be_masked(sites: list[Site]) -> None:
     short = replace(short, secure=replace(message.secure, request=short.digest))
     with pytest.raises(TermsRefused, match="what travels as bf16 cannot be summed under masks"):
         answer_request(sites[0], short)
+
+
+def in_phase(sites: list[Site], phase: Phase, run: str = "small", **changes: Any) -> TrainRequest:
+    """A request with privacy, under terms of its own; ``changes`` are of these."""
+    plan: dict[str, Any] = {"prototypes": PROTOTYPES, "losses": LossPlan(noise_multiplier=9.0, max_loss=9.0)}
+    private = replace(request(run=run, **plan), phase=phase)
+    terms = asked(sites).secure
+    assert terms is not None
+    facts = {"run": run, "participants": equal(sites), "weighting": "equal", "value_range": 1000.0, **changes}
+    return replace(private, secure=replace(terms, **{"request": private.digest, **facts}))
+
+
+def test_losses_are_not_summed_since_each_site_s_own_is_used(sites: list[Site]) -> None:
+    with pytest.raises(TermsRefused, match="answers of phase 'losses' are used one by one"):
+        answer_request(sites[0], in_phase(sites, "losses"))
+
+
+def test_prototypes_are_summed_without_weights(sites: list[Site]) -> None:
+    weighed = in_phase(sites, "prototypes")
+    assert weighed.secure is not None
+    terms = asked(sites, request=weighed.digest).secure  # weighs by declared patients
+    with pytest.raises(TermsRefused, match="added up as they are: expected weighting 'equal'"):
+        answer_request(sites[0], replace(weighed, secure=terms))
+
+
+def test_terms_of_one_phase_are_refused_in_the_other(sites: list[Site]) -> None:
+    prototypes, training = (in_phase(sites, phase) for phase in ("prototypes", "train"))
+    assert prototypes.secure is not None
+    assert training.secure is not None
+    assert prototypes.secure.session != training.secure.session
+    for message, terms in ((prototypes, training.secure), (training, prototypes.secure)):
+        with pytest.raises(TermsRefused, match="terms are of another request"):
+            answer_request(sites[0], replace(message, secure=terms))
+
+
+@pytest.mark.parametrize("noise_reaches", ["farther", "less far"])
+def test_the_range_is_held_against_the_noised_sum_and_not_the_patients_own(
+    noise_reaches: str, sites: list[Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal is an answer: decided on the true sum, it would tell something that no noise covers."""
+    raw_sums: list[np.ndarray] = []
+    clipped_sum = PrototypeRelease.clipped_sum
+
+    def listening(self: PrototypeRelease, raw: Any) -> Any:
+        raw_sums.append(clipped_sum(self, raw))
+        return raw_sums[-1]
+
+    monkeypatch.setattr(PrototypeRelease, "clipped_sum", listening)
+    for site in sites:
+        change_site(site.folder, policy={"epsilon-max": 1000.0}, testing={"insecure-noise-seed": 3})
+    sites = [Site.open(site.folder) for site in sites]
+    for drawn in range(40):  # noise is drawn anew for each run
+        run = f"run-{drawn}"
+        probe = in_phase(sites, "prototypes", run)
+        offered(sites[0], probe)
+        release = ReleaseStore(folder=sites[0].folder / "releases").find(probe.digest)
+        assert release is not None
+        values = release.update[PROTOTYPE_SUMS], raw_sums[-1]
+        noised, raw = (float(np.abs(one).max()) for one in values)
+        if (noised > raw) == (noise_reaches == "farther"):
+            break
+    else:
+        pytest.fail("no such noise was drawn")
+    message = in_phase(sites, "prototypes", run, value_range=(noised + raw) / 2, attempt=2)
+    assert message.secure is not None
+    number = message.secure.session
+    offers = tuple(offered(site, message).offer for site in sites)
+    dealt = [answer_deal(site, Deal(session=number, offers=offers)).shares for site in sites]
+    mask = Mask(session=number, shares=tuple(shares[0] for shares in dealt))
+    if noise_reaches == "farther":
+        with pytest.raises(OutOfRange, match="that of prototypes follows from the patients"):
+            answer_mask(sites[0], mask)
+    else:
+        assert answer_mask(sites[0], mask).arrays[PROTOTYPE_SUMS].dtype == np.uint32
 
 
 def test_a_site_has_its_own_least_threshold(sites: list[Site]) -> None:

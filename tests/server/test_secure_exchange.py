@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,18 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
-from client import app as site_app
 from client import secure
-from client.releases import ReleaseStore
 from client.site import PINS_FILE, Site
 from clipward.simulate import simulate, with_keys
 from server import app as coordinator_app
 from server import checkpoints, secure_exchange
 from server.errors import QuorumError, RunError
 from server.federation import Federation
-from server.metrics import Event, PrometheusExporter, RunLog, read_events
-from server.rounds import run_rounds
+from server.metrics import PrometheusExporter, read_events
 from server.secure_exchange import SUMS_FOLDER, Pledge, Pledges
-from server.start import prepare_from_settings, start_of
-from strategies.in_process import InProcessGrid
 from strategies.messages import (
     DEAL,
     MASK,
-    Arrays,
     Masked,
     Ready,
     RefusalCode,
@@ -35,12 +28,21 @@ from strategies.messages import (
     decode,
     encode,
 )
-from strategies.secure_sum.coordinator import SecureSum
 from strategies.settings import SettingsError
 from tests.server.cases import Killed, close, same
-from tests.small_hospitals import change_site, federation, without_claim
+from tests.server.secure_runs import (
+    NAMES,
+    Overheard,
+    Run,
+    charges,
+    dying,
+    four_of,
+    killed,
+    sites_of,
+    with_claim,
+)
+from tests.small_hospitals import federation, without_claim
 
-NAMES = [f"site-{number}" for number in range(1, 5)]
 KEYS = {name: f"{number}{number}" * 32 for number, name in enumerate(NAMES)}
 
 
@@ -52,136 +54,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def four(hospitals: Path) -> Path:
-    """Four hospitals of different declared sizes that train without a claim, or with repeatable noise."""
-    folder = hospitals / "hospitals" / "site-4"
-    shutil.copytree(hospitals / "hospitals" / "site-3", folder, symlinks=True)
-    change_site(folder, name="site-4")
-    for number, name in enumerate(NAMES):
-        change_site(
-            hospitals / "hospitals" / name,
-            cohort={"patients-declared": 25 + 5 * number},
-            policy={"require-dp": False},
-            testing={"insecure-noise-seed": 5},
-        )
-    return hospitals
-
-
-class Run:
-    """A run over the hospitals below a folder, with a grid that a test may listen to or change."""
-
-    def __init__(self, root: Path, *, secure: bool = True, folder: str = "run", **changes: Any) -> None:
-        self.folders = [root / "hospitals" / name for name in NAMES]
-        self.run_dir = root / folder
-        tables = without_claim(**{"training": {"rounds": 1}, "strategy": {"min-sites": 2}} | changes)
-        asked = federation(root, **tables | ({"secure-aggregation": {}} if secure else {}))
-        self.settings = with_keys(asked, self.folders)
-
-    def grid(self) -> InProcessGrid:
-        return InProcessGrid(site_app.app, [{"site": str(folder)} for folder in self.folders])
-
-    def go(self, *, resume: bool = False, grid: Any = None) -> Arrays:
-        return run_rounds(
-            grid or self.grid(),
-            self.settings,
-            run_dir=self.run_dir,
-            start=start_of(self.settings, prepare_from_settings(self.settings)),
-            evaluate=lambda _: None,
-            log=RunLog(self.run_dir / "metrics.jsonl"),
-            resume=resume,
-        )
-
-    def events(self, kind: str) -> list[Event]:
-        return [event for event in read_events(self.run_dir / "metrics.jsonl") if event["kind"] == kind]
-
-    @property
-    def pledge(self) -> Pledge:
-        pledge = Pledges(folder=self.run_dir / SUMS_FOLDER).of(1)
-        assert pledge is not None
-        return pledge
-
-    def stored(self, name: str) -> Arrays:
-        """What a site keeps of its release."""
-        release = ReleaseStore(folder=self.folders[0].parent / name / "releases").find(
-            self.pledge.terms.request
-        )
-        assert release is not None
-        return release.update
-
-    @property
-    def start(self) -> Arrays:
-        return checkpoints._load(self.run_dir / "checkpoints" / "round-0000", 0).arrays
-
-    def moved_by(self, names: Iterable[str]) -> Arrays:
-        """The start, moved by the weighted mean of the stored releases of these sites."""
-        weights = [self.pledge.terms.by_name[name].weight for name in names]
-        stored = [self.stored(name) for name in names]
-        return {
-            name: value + np.average([one[name].astype(float) for one in stored], axis=0, weights=weights)
-            for name, value in self.start.items()
-        }
-
-    def summed(self, names: Iterable[str]) -> Arrays:
-        """The same to the last bit: summed in fixed point, as the masks leave it."""
-        terms = self.pledge.terms
-        moved = {}
-        for name, value in self.start.items():
-            encoded = [
-                terms.grid.encode(self.stored(one)[name], weight=terms.by_name[one].weight) for one in names
-            ]
-            total = np.asarray(np.sum(encoded, axis=0, dtype=np.uint32))
-            moved[name] = value + terms.grid.mean(total, weight=terms.weight_of(list(names)))
-        return moved
-
-
-class Overheard:
-    """A grid that hands every reply to a test, which may answer with another one."""
-
-    def __init__(self, run: Run, change: Callable[[str, Message], Message] = lambda _, reply: reply) -> None:
-        self._inner, self._change = run.grid(), change
-        self.actions: dict[str, str] = {}
-        self.replies: list[tuple[str, Any]] = []
-        self.sent: list[tuple[str, Any]] = []
-
-    def get_node_ids(self) -> list[int]:
-        return self._inner.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        messages = [self._change(f"to {one.metadata.message_type}", one) for one in messages]
-        accepted = self._inner.push_messages(messages)
-        for message in messages:
-            self.actions[message.metadata.message_id] = message.metadata.message_type
-            self.sent.append((message.metadata.message_type, decode(message.content)))
-        return accepted
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        for reply in self._inner.pull_messages(list(message_ids)):
-            changed = self._change(self.actions[reply.metadata.reply_to_message_id], reply)
-            self.replies.append((self.actions[reply.metadata.reply_to_message_id], decode(changed.content)))
-            yield changed
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, answer: str, *names: str, times: int = 99) -> None:
-    """Let sites fail where they should give this answer, so often in all."""
-    original, left = getattr(site_app, answer), [times]
-
-    def failing(site: Site, asked: Any) -> Any:
-        if site.name in names and left[0]:
-            left[0] -= 1
-            raise MemoryError
-        return original(site, asked)
-
-    monkeypatch.setattr(site_app, answer, failing)
-
-
-def with_claim(root: Path) -> dict[str, Any]:
-    """Tables of a private run, over sites of one size: their noise is calibrated once."""
-    for folder in sites_of(root):
-        change_site(folder, cohort={"patients-declared": 25})
-    return {"privacy": {"mode": "dp", "epsilon": 8.0}, "objective": {"name": "anchored"}}
-
-
-def charges(run: Run) -> list[int]:
-    return [len(Site.open(folder).ledger().charges()) for folder in run.folders]
+    return four_of(hospitals)
 
 
 @pytest.mark.parametrize("weighting", ["declared", "equal"])
@@ -404,31 +277,10 @@ def test_killed_at_any_step_and_resumed_the_result_is_the_same(
 ) -> None:
     run = Run(four)
     with pytest.raises(Killed):
-        _killed(run, die_at=step, monkeypatch=monkeypatch)
+        killed(run, die_at=step, monkeypatch=monkeypatch)
     secure._sessions.clear()  # the sites died with it
     arrays = run.go(resume=True)
     assert same(arrays, run.summed(NAMES))
-
-
-def _killed(run: Run, *, die_at: int, monkeypatch: pytest.MonkeyPatch) -> Arrays:
-    done = [0]
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def watching(*arguments: Any, **named: Any) -> Any:
-            result = function(*arguments, **named)
-            if done[0] == die_at:
-                raise Killed
-            done[0] += 1
-            return result
-
-        return watching
-
-    with monkeypatch.context() as patch:
-        for owner, name in ((Pledges, "keep"), (checkpoints, "save")):
-            patch.setattr(owner, name, watched(getattr(owner, name)))
-        for name in ("offers", "shares", "survivors", "consents", "mean"):
-            patch.setattr(SecureSum, name, watched(getattr(SecureSum, name)))
-        return run.go()
 
 
 def test_a_key_swapped_in_the_federation_file_is_caught_by_the_sites(four: Path) -> None:
@@ -559,6 +411,8 @@ def test_a_damaged_pledge_stops_the_run(four: Path) -> None:
     ("changes", "reason"),
     [
         ({"strategy": {"name": "median", "min-sites": 3}}, "'median' looks at single updates"),
+        ({"strategy": {"name": "q-ffl"}}, "'q-ffl' looks at single updates"),
+        ({"strategy": {"name": "afl"}}, "'afl' looks at single updates"),
         ({"share": {"wire": "bf16"}}, r"share\.wire 'bf16' cannot be summed under masks"),
         ({"strategy": {"late": "stale"}}, r"strategy\.late has to be 'drop'"),
         ({"strategy": {"min-sites": 4}, "secure-aggregation": {"threshold": 3}}, "fewer than min-sites = 4"),
@@ -583,11 +437,6 @@ def test_without_a_simulation_the_file_has_to_name_the_keys(tmp_path: Path) -> N
         federation(tmp_path, simulation=None, **{"secure-aggregation": {}})
 
 
-def test_prototypes_are_not_released_beside_a_secure_sum(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="prototypes would leave every site unmasked"):
-        federation(tmp_path, prototypes={}, **{"secure-aggregation": {}})
-
-
 def test_a_threshold_that_the_simulated_sites_do_not_meet_is_refused(four: Path) -> None:
     with pytest.raises(SettingsError, match="more than half of the 4 sites"):
         with_keys(federation(four, **{"secure-aggregation": {"threshold": 5}}), sites_of(four))
@@ -605,10 +454,6 @@ def test_a_simulation_gives_its_sites_their_keys(four: Path) -> None:
     assert with_keys(made, sites_of(four)) is made
     plain = federation(four)
     assert with_keys(plain, sites_of(four)) is plain
-
-
-def sites_of(root: Path) -> list[Path]:
-    return [root / "hospitals" / name for name in NAMES]
 
 
 def test_clipward_simulate_sums_in_secret(four: Path) -> None:

@@ -56,6 +56,16 @@ def test_masked_zeros_look_random_too(made: tuple[Terms, dict[str, Arrays]]) -> 
     )
 
 
+def test_a_masked_sum_of_prototypes_looks_random_and_unrelated() -> None:
+    """Values as large as patients are many, on a grid as wide as all that are declared."""
+    agreed = terms([1, 1, 1], value_range=16_000.0)
+    rng = np.random.default_rng(0)
+    sums = {name: {"sums": rng.normal(200, 900, SIZE).astype(np.float32)} for name in agreed.names}
+    for name, masked in Attempt(agreed, sums).until("mask").masked.items():
+        assert hidden(masked["sums"], sums[name]["sums"])
+        assert not hidden(agreed.grid.encode(sums[name]["sums"], weight=1), sums[name]["sums"])
+
+
 def test_the_sum_before_unmasking_looks_random(made: tuple[Terms, dict[str, Arrays]]) -> None:
     attempt = Attempt(*made).until("mask")
     total = sum(masked["weight"] for masked in attempt.masked.values())
@@ -157,8 +167,8 @@ def unmasking_words(attempt: Attempt, name: str) -> NDArray[np.uint32]:
     return attempt.masked[name]["weight"] - plain
 
 
-@pytest.mark.parametrize("change", [{}, {"attempt": 2}, {"server_round": 2}])
-def test_the_masks_of_two_attempts_or_rounds_are_independent(
+@pytest.mark.parametrize("change", [{}, {"attempt": 2}, {"server_round": 2}, {"request": "cd" * 32}])
+def test_the_masks_of_two_attempts_rounds_or_phases_are_independent(
     made: tuple[Terms, dict[str, Arrays]], change: dict[str, Any]
 ) -> None:
     first = Attempt(*made).until("mask")

@@ -215,6 +215,18 @@ def test_an_update_out_of_range_leaves_nothing_behind_and_may_not_be_masked() ->
     made.mask()
 
 
+def test_refusals_under_one_range_after_another_tell_no_value() -> None:
+    """The attack: lower the range until the site refuses, which tells its largest value."""
+    book = Remembered()
+    for number, value_range in enumerate((2.0, 8.0), start=1):
+        agreed = terms(attempt=number, value_range=value_range)
+        made = Attempt(agreed, updates(agreed), agreements={"site-1": book}).until("deal")
+        large = {"weight": made.updates["site-1"]["weight"], "scale": np.asarray(3.0, dtype=np.float32)}
+        first = value_range == 2.0
+        with pytest.raises(OutOfRange if first else StepRefused, match="range" if first else "other terms"):
+            made.sites["site-1"].mask(made.shares["site-1"], large)
+
+
 def test_an_update_is_masked_once_in_an_attempt() -> None:
     made = attempt().until("deal")
     made.sites["site-1"].mask(made.shares["site-1"], made.updates["site-1"])
@@ -296,6 +308,29 @@ def test_a_consent_of_another_attempt_is_refused() -> None:
     old = attempt().until("consent").consents[1]
     with pytest.raises(PeerRefused, match="consent of 'site-2' is not signed"):
         made.sites["site-1"].reveal((made.consents[0], old, *made.consents[2:]))
+
+
+def test_nothing_of_one_phase_is_taken_in_the_other() -> None:
+    """Phases of a round differ in the request that their terms name: a message belongs to its own."""
+    other = terms(request="cd" * 32)
+    old = Attempt(other, updates(other), silent={"site-5": "mask"}).until("reveal")
+    made = attempt()
+    with pytest.raises(PeerRefused, match="belong to another round or attempt"):
+        made.server.take_offer(old.offers[1])
+    made.offer()
+    with pytest.raises(PeerRefused, match="belong to another round or attempt"):
+        made.sites["site-1"].deal(old.offers)
+    made.deal()
+    with pytest.raises(PeerRefused, match="was changed on the way, or belongs to another"):
+        made.sites["site-1"].mask(old.shares["site-1"], made.updates["site-1"])
+    made.mask()
+    with pytest.raises(PeerRefused, match="is not signed by its key for this sum"):
+        made.server.take_consent(old.consents[0])
+    made.consent()
+    with pytest.raises(PeerRefused, match="is not signed by its pinned key for the sum"):
+        made.sites["site-1"].reveal(old.consents)
+    with pytest.raises(PeerRefused, match=r"did not reveal|revealed another share"):
+        made.server.take_reveal(old.reveals["site-1"])
 
 
 def opened_by(
