@@ -46,11 +46,20 @@ def released(*rows: tuple[int, int, float]) -> Arrays:
 def test_sums_add_and_their_noise_grows_with_the_root_of_the_sites() -> None:
     total = PrototypeSum(prototypes())
     for site in "abc":
-        total.fold(site, released((0, 1, 10.0)), weight=7.0)
+        total.fold(site, released((0, 1, 10.0)), weight=1)
     sums = total.sums()
     assert sums.counts[0, 1] == 30
     assert sums.noise_std == pytest.approx(math.sqrt(3) * 2.0 * 1.5)
     assert sums.concepts == ("effusion present", "effusion absent", "opacity present", "opacity absent")
+
+
+def test_a_mean_of_many_sites_counts_as_all_of_them() -> None:
+    """What a secure sum folds in."""
+    total = PrototypeSum(prototypes())
+    total.fold("secure sum", released((0, 1, 10.0)), weight=3)
+    assert total.sums().counts[0, 1] == 30
+    assert total.sums().noise_std == pytest.approx(math.sqrt(3) * 2.0 * 1.5)
+    assert total.facts()["sites"] == 3
 
 
 def test_a_concept_with_enough_patients_is_a_direction_and_another_its_prompt() -> None:
