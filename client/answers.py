@@ -1,9 +1,9 @@
 """What a site answers to each of the coordinator's messages."""
 
-import hashlib
 import math
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -18,7 +18,7 @@ from client.errors import Refused
 from client.journal import write_note
 from client.losses import release_mean_loss
 from client.objectives import Anchors
-from client.personal import PersonalWeights
+from client.personal import personal_weights
 from client.policy import (
     centre_for,
     check_code,
@@ -29,14 +29,16 @@ from client.policy import (
     prototypes_for,
 )
 from client.prototypes import release_prototypes
-from client.releases import ReleaseStore
+from client.releases import RELEASES, ReleaseStore
 from client.site import Site, packed_cohort
 from client.training import plain_steps, train_plainly, train_privately
 from client.workbench import (
     InstalledBundle,
+    LocalModel,
     anchors_of,
     device_name,
     kept_optimizer,
+    local_model,
     part_of,
     training_data,
     training_pairs,
@@ -65,8 +67,6 @@ from strategies.messages import (
 from strategies.share import IMAGE_SHIFT, personal, wire_of
 from strategies.wire import pack
 
-RELEASES = "releases"
-PERSONAL = "personal"
 AnyMechanism = Mechanism | PrototypeRelease | LossRelease
 # True batch sizes show in exact durations, so under privacy they leave rounded up.
 COARSE_SECONDS = 10
@@ -105,7 +105,9 @@ def answer_train(site: Site, request: TrainRequest) -> Release:
     torch.set_num_threads(site.settings.device.cores)
     if request.plan.privacy == "none":
         return _without_claim(site, request)
-    return _with_claim(site, request)
+    keeps = request.phase == "train" and bool(request.plan.personal or not request.plan.shares_weights)
+    with personal_weights(site, request.run).alone() if keeps else nullcontext():
+        return _with_claim(site, request)
 
 
 def _with_claim(site: Site, request: TrainRequest) -> Release:
@@ -185,7 +187,17 @@ def _data(site: Site, request: TrainRequest, part: TrainablePart) -> tuple[Ancho
     anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
     if request.prototypes is not None:
         anchors = replace(anchors, prototypes=request.prototypes)
-    return anchors, training_data(site.folder, part, texts, request.plan.soft_positives, anchors.wordings)
+    bank, alone = anchors.prototypes, not request.plan.shares_weights
+    data = training_data(
+        site.folder,
+        part,
+        texts,
+        request.plan.soft_positives,
+        anchors.wordings,
+        site.settings.cohort.modality,
+        targets=bank.concepts if bank is not None and alone else (),
+    )
+    return anchors, data
 
 
 def _sampling(noise: GaussianNoise) -> np.random.Generator:
@@ -212,13 +224,15 @@ def _mean_loss(
 def _prototypes(
     site: Site, request: TrainRequest, part: TrainablePart, mechanism: PrototypeRelease, noise: GaussianNoise
 ) -> Arrays:
-    known, plan = training_pairs(site.folder, part), request.plan.prototypes
+    known = training_pairs(site.folder, part, site.settings.cohort.modality)
+    plan = request.plan.prototypes
     released = release_prototypes(
         part,
         known.pairs,
         patients=known.patients,
         labels=known.labels,
         findings=plan.findings if plan else (),
+        modalities=known.modalities,
         mechanism=mechanism,
         noise=noise,
     )
@@ -306,8 +320,17 @@ def _kept_and_packed(site: Site, request: TrainRequest, part: TrainablePart, dif
     """What leaves of a round, in the form it travels in; the site's own weights are kept before that."""
     own = personal(part.parameters(), request.plan)
     if own:
-        arrays = part.arrays()
-        _personal(site, request).store(request.server_round, {name: arrays[name] for name in own})
+        arrays, private = part.arrays(), request.plan.privacy == "dp"
+        personal_weights(site, request.run).store(
+            request.server_round,
+            {name: arrays[name] for name in own},
+            request=request.digest if private else "",
+            about={
+                "bundle": request.bundle,
+                "lora_rank": str(request.plan.lora_rank),
+                "prompt_tokens": str(request.plan.prompt_tokens),
+            },
+        )
     shared = {name: value for name, value in difference.items() if name not in own}
     return _packed(site, request, shared)
 
@@ -317,19 +340,16 @@ def _packed(site: Site, request: TrainRequest, update: Arrays) -> Arrays:
     return pack(update, wire_of(request), rng=np.random.default_rng(seed))
 
 
-def _personal(site: Site, request: TrainRequest) -> PersonalWeights:
-    name = hashlib.sha256(request.run.encode()).hexdigest()[:16]  # the coordinator's words name no path
-    return PersonalWeights(folder=site.folder / PERSONAL / name)
-
-
 def _own_weights(site: Site, request: TrainRequest, part: TrainablePart) -> Arrays:
     """What the site keeps, from its last round of this run or else as the public model has it."""
     own = personal(part.parameters(), request.plan)
     if not own:
         return {}
-    kept = _personal(site, request).before(request.server_round)
+    kept = personal_weights(site, request.run).before(request.server_round)
     if kept is not None:
         return kept
+    if not request.plan.shares_weights:
+        return _local_model(site, request).start
     start = _installed(site, request).load().weights
     return {name: start[name] for name in own}
 
@@ -352,9 +372,22 @@ def _ready(site: Site, request: TrainRequest) -> TrainablePart:
 def _part(site: Site, request: TrainRequest) -> TrainablePart:
     """The part that the plan trains; its weights are whatever was loaded last."""
     plan, device = request.plan, device_name(site.settings.device.name)
+    if not plan.shares_weights:
+        return _local_model(site, request).part
     try:
         return part_of(_installed(site, request), plan.part, plan.lora_rank, plan.prompt_tokens, device)
     except (EncoderError, BundleMissing, PrivacyError) as error:
+        raise Refused(RefusalCode.MODEL, str(error)) from error
+
+
+def _local_model(site: Site, request: TrainRequest) -> LocalModel:
+    """The site's own model, for a run that shares prototypes alone."""
+    plan, device = request.plan, device_name(site.settings.device.name)
+    try:
+        return local_model(
+            _installed(site, request), site.own_model, plan.lora_rank, plan.prompt_tokens, device
+        )
+    except (EncoderError, BundleMissing) as error:
         raise Refused(RefusalCode.MODEL, str(error)) from error
 
 

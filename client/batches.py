@@ -12,6 +12,7 @@ from torch import Tensor
 from encoders.augmentation import augment
 from encoders.fitting import Pairs
 from encoders.parts import TrainablePart
+from privacy.noisy_sums import MODALITIES, Modality
 
 Rows = NDArray[np.integer[Any]]
 
@@ -25,12 +26,14 @@ class TrainingData:
         patients: Patient number of each pair, int, shape (N,).
         masked: Anchor k is left out for pair i, bool, shape (N, K).
         positives: How far anchor k is right for pair i too, in [0, 1], float32, shape (N, K); None: none is.
+        modalities: Which side of the pairs is there; the other is a placeholder.
     """
 
     pairs: Pairs
     patients: Rows
     masked: Tensor
     positives: Tensor | None = None
+    modalities: tuple[Modality, ...] = MODALITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ def made_up_data(part: TrainablePart, *, like: TrainingData, patients: int, stud
         patients=np.repeat(np.arange(patients), studies),
         masked=torch.from_numpy(rng.random((rows, anchors)) < 0.1).to(device),
         positives=None if like.positives is None else positives,
+        modalities=like.modalities,
     )
 
 

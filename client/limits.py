@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from strategies.messages import Objective, Part
+from strategies.messages import Objective, Shared
 from strategies.settings import Settings
 
 # What a release may say beyond what an average and its books need. The rest of `ReleaseFacts` always leaves:
@@ -75,7 +75,7 @@ class Policy(Settings):
         max_sample_rate: Refuse a plan that would draw a larger share of the patients in a step.
         max_rounds: Refuse a run of more rounds.
         max_steps: Refuse a round of more optimizer steps.
-        parts: What may be trained and leave.
+        parts: What may be trained and leave. Of ``prototypes`` the sums leave, and the trained model stays.
         objectives: Losses that may be trained with.
         prototypes: Whether noised mean directions of concepts may be released besides.
         runs: Names of runs that may be taken part in; ``*`` stands for anything, ``?`` for one character.
@@ -95,7 +95,7 @@ class Policy(Settings):
     max_sample_rate: float = Field(default=0.5, gt=0, le=1)
     max_rounds: int = Field(default=1000, ge=1)
     max_steps: int = Field(default=10_000, ge=1)
-    parts: tuple[Part, ...] = get_args(Part)
+    parts: tuple[Shared, ...] = get_args(Shared)
     objectives: tuple[Objective, ...] = get_args(Objective)
     prototypes: bool = True
     runs: tuple[Pattern, ...] = ("*",)

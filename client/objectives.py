@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from client.batches import BatchMaker, Rows, TrainingData, made_up_data, rows_by_patient
-from encoders.objectives import anchored_loss, anchored_sigmoid_loss, grouped_infonce_loss
+from encoders.objectives import (
+    anchored_loss,
+    anchored_sigmoid_loss,
+    grouped_infonce_loss,
+    prototype_loss,
+)
 from encoders.parts import TrainablePart
 from privacy.banks import PrototypeBank
 from privacy.engine import Batch
 from privacy.errors import UnsoundTraining
+from privacy.noisy_sums import MODALITIES
 from privacy.prototypes import append_prototypes
 from privacy.sampling import uniform_groups
 from strategies.messages import TrainingPlan
@@ -127,6 +133,28 @@ class AnchoredObjective(Objective):
         return (weights * losses.view_as(weights)).sum(1)
 
 
+class PrototypeObjective(AnchoredObjective):
+    """A row a patient: the mean loss of their images, or texts, that have no partner.
+
+    The module embeds the placeholders of the other side too; nothing is made of them.
+    """
+
+    def losses(self, call: Call, batch: Batch) -> Tensor:
+        """Shape (P,)."""
+        images, texts = call(batch["images"].flatten(0, 1), batch["texts"].flatten(0, 1))
+        of_images = self._batches.data.modalities == ("image",)
+        losses = prototype_loss(
+            images if of_images else texts,
+            anchors=self._text_anchors if of_images else self._image_anchors,
+            masked=batch["masked"].flatten(0, 1),
+            positives=batch["positives"].flatten(0, 1),
+            inverse_temperature=self._plan.inverse_temperature,
+            logit_bias=self._plan.logit_bias if self._plan.loss == "sigmoid" else None,
+        )
+        weights = batch["weights"]
+        return (weights * losses.view_as(weights)).sum(1)
+
+
 class MicrobatchObjective(Objective):
     """A row a group: InfoNCE among its pairs, every patient of weight 1.
 
@@ -165,8 +193,15 @@ def objective_of(part: TrainablePart, data: TrainingData, anchors: Anchors, plan
     """The objective that ``plan`` names.
 
     Raises:
-        UnsoundTraining: it couples patients, so nothing may be claimed for it.
+        UnsoundTraining: it couples patients, so nothing may be claimed for it; or it needs pairs.
     """
+    if data.modalities != MODALITIES:
+        if plan.objective != "anchored" or data.positives is None:
+            raise UnsoundTraining(
+                "images, or texts, without a partner are trained towards prototypes alone: with the anchored "
+                "objective, and the concepts that their labels state"
+            )
+        return PrototypeObjective(part, data, anchors, plan)
     if plan.objective == "anchored":
         return AnchoredObjective(part, data, anchors, plan)
     if plan.objective == "microbatch":

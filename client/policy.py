@@ -68,6 +68,7 @@ def check_plan(site: Site, request: TrainRequest, *, clock: Callable[[], float] 
     for reason, unsound in _demands(request).items():
         if unsound:
             raise Refused(RefusalCode.POLICY, reason)
+    _require_pairs(site, request)
     _apply(_budget(site, request.plan), code=RefusalCode.BUDGET)
     if request.deadline_unix_seconds is not None and now > request.deadline_unix_seconds:
         raise Refused(RefusalCode.DEADLINE, "the deadline has passed: the reply would not be used")
@@ -158,7 +159,29 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
             plan.losses is not None and plan.objective != "anchored"
         ),
         "round is past the plan's last": request.server_round > plan.rounds,
+        "prototypes are all that is shared, and the plan names none": (
+            not plan.shares_weights and plan.prototypes is None
+        ),
+        "a model that nobody else has is trained with privacy, or it could not be embedded with": (
+            not plan.shares_weights and not private
+        ),
     }
+
+
+def _require_pairs(site: Site, request: TrainRequest) -> None:
+    """Refuse to train a common model with images, or texts, that have no partner.
+
+    Raises:
+        Refused: COHORT; decided by the site's file, before its patients are looked at.
+    """
+    modality = site.settings.cohort.modality
+    if modality == "pairs" or request.phase == "prototypes" or not request.plan.shares_weights:
+        return
+    raise Refused(
+        RefusalCode.COHORT,
+        f"cohort.modality is {modality!r}, and weights for all are trained on pairs: this site takes part in "
+        "prototypes, and in whole runs that share prototypes alone",
+    )
 
 
 def _budget(site: Site, plan: TrainingPlan) -> Rules:
@@ -283,11 +306,11 @@ def losses_for(site: Site, plan: TrainingPlan) -> LossRelease:
 
 def besides(plan: TrainingPlan) -> list[PoissonGaussian]:
     """What the run releases beside the training: plain Gaussian mechanisms, each so many times."""
-    times = ((plan.prototypes, plan.rounds), (plan.losses, plan.rounds), (plan.centre, 1))
+    times = ((plan.prototypes, plan.prototype_releases), (plan.losses, plan.rounds), (plan.centre, 1))
     return [
         PoissonGaussian(sample_rate=1.0, noise_multiplier=one.noise_multiplier, steps=steps)
         for one, steps in times
-        if one is not None
+        if one is not None and steps
     ]
 
 

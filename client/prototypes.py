@@ -10,7 +10,7 @@ from client.batches import Rows
 from encoders.fitting import Pairs
 from encoders.parts import TrainablePart
 from privacy.noise import GaussianNoise
-from privacy.noisy_sums import Modality
+from privacy.noisy_sums import MODALITIES, Modality
 from privacy.prototypes import PrototypeRelease, RawRows
 from strategies.messages import PROTOTYPE_SUMS, Arrays
 from tasks.concepts import finding_concepts, members_by_labels
@@ -26,6 +26,7 @@ def release_prototypes(
     patients: Rows,
     labels: Mapping[str, NDArray[np.float32]],
     findings: tuple[str, ...],
+    modalities: tuple[Modality, ...] = MODALITIES,
     mechanism: PrototypeRelease,
     noise: GaussianNoise,
 ) -> Arrays:
@@ -41,6 +42,7 @@ def release_prototypes(
         patients: Patient number of each pair, shape (N,).
         labels: By finding, 1 there, 0 ruled out, else unknown, shape (N,); findings may lack.
         findings: Whose concepts the mechanism names.
+        modalities: Those that the site has; of the other its release is noise alone.
         mechanism: Bound and noise.
         noise: Its source, of this release alone.
 
@@ -49,12 +51,21 @@ def release_prototypes(
     """
     part.module.eval()
     members = members_by_labels(finding_concepts(findings), labels, rows=len(pairs))
-    raw_images = [part.module.embed_images(rows).cpu() for rows in torch.split(pairs.images, EMBED_ROWS)]
-    raw_texts = [
-        part.module.embed_texts(part.trimmed(rows)).cpu() for rows in torch.split(pairs.texts, EMBED_ROWS)
-    ]
     raw: dict[Modality, RawRows] = {
-        "image": RawRows(patients=patients, embeddings=torch.cat(raw_images).numpy(), members=members),
-        "text": RawRows(patients=patients, embeddings=torch.cat(raw_texts).numpy(), members=members),
+        modality: RawRows(
+            patients=patients, embeddings=_raw_embeddings(part, pairs, modality), members=members
+        )
+        for modality in modalities
     }
     return {PROTOTYPE_SUMS: mechanism.release(mechanism.clipped_sum(raw), noise).values}
+
+
+def _raw_embeddings(part: TrainablePart, pairs: Pairs, modality: Modality) -> NDArray[np.float32]:
+    """Unit vectors (N, d) of one side of the pairs."""
+    if modality == "image":
+        raw = [part.module.embed_images(rows).cpu() for rows in torch.split(pairs.images, EMBED_ROWS)]
+    else:
+        raw = [
+            part.module.embed_texts(part.trimmed(rows)).cpu() for rows in torch.split(pairs.texts, EMBED_ROWS)
+        ]
+    return torch.cat(raw).numpy()

@@ -22,6 +22,7 @@ from strategies.files import sync
 from strategies.messages import Release, ReleaseFacts
 
 VERSION = "2"
+RELEASES = "releases"  # in the site's folder
 _WHOLE, _PARTIAL = ".safetensors", ".partial"
 
 
@@ -48,6 +49,10 @@ class ReleaseStore:
                 raise ValueError(f"release of version {metadata.get('version')}, this code reads {VERSION}")
             update = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return Release(facts=ReleaseFacts.model_validate_json(metadata["facts"]), update=update)
+
+    def has(self, request_digest: str) -> bool:
+        """Whether this request was answered by a release."""
+        return self._path(request_digest).is_file()
 
     def store(self, request_digest: str, release: Release) -> Release:
         """Keep ``release`` as the answer to the request, unless there is one: then return that one."""

@@ -5,10 +5,10 @@ The attempt under way lives in this process alone: a site that was restarted has
 
 from pathlib import Path
 
-from client.answers import RELEASES, answer_train
+from client.answers import answer_train
 from client.errors import Refused
 from client.policy import check_code, check_release, check_run
-from client.releases import ReleaseStore
+from client.releases import RELEASES, ReleaseStore
 from client.site import SITE_FILE, Site
 from strategies.messages import (
     Agree,

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from client.cohort import Cohort, CohortSettings, SourceMissingError, build_cohort
 from client.cohort.salt import open_or_make_salt
+from client.cohort.settings import MIN_IMAGE_SIZE, CohortModality
 from client.cohort.workers import SECONDS_PER_FILE
 from client.limits import Policy
 from client.pacs import DicomWebTable, DimseTable, Fetched, Spool, fetch, open_source
@@ -18,7 +19,7 @@ from client.reports.settings import ReportSettings
 from privacy.accounting import default_delta
 from privacy.ledger import Ledger
 from privacy.signing import SiteKey
-from strategies.settings import PairSource, Settings, SettingsError
+from strategies.settings import OwnModel, PairSource, Settings, SettingsError
 
 SITE_FILE = "site.toml"
 LEDGER_FILE = "ledger.sqlite"
@@ -37,6 +38,8 @@ class CohortTable(PairSource):
         image_size: Pixels images are packed at.
         ct_windows: Centre and width in Hounsfield units of what CT is shown by; without any, it is not read.
         test_fraction: Share of patients held out, where no split column says so.
+        modality: ``pairs`` of an image and a report; or ``images`` without reports, or ``texts`` without
+            images, which join concepts by their labels alone.
         label_reports: Whether reports are read for labels of the findings for which the source brings none.
         findings: YAML of the findings to read them for, instead of those that come along.
         merge: CSV with the columns patient_id and same_as: ids of one patient, who is one in everything.
@@ -52,6 +55,7 @@ class CohortTable(PairSource):
     image_size: int = Field(default=224, ge=16, le=1024)
     ct_windows: tuple[tuple[float, float], ...] = ()
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    modality: CohortModality = "pairs"
     label_reports: bool = False
     findings: Path | None = None
     merge: Path | None = None
@@ -74,6 +78,12 @@ class CohortTable(PairSource):
     def _no_contradiction(self) -> Self:
         if self.dicomweb is not None and self.dimse is not None:
             raise ValueError("name one PACS: dicomweb or dimse")
+        if self.modality == "images" and (
+            self.label_reports or any(getattr(self, name) for name in self.REPORTS)
+        ):
+            raise ValueError("cohort.modality 'images' has no reports: remove their keys, or say 'pairs'")
+        if self.modality == "texts" and self.table is None:
+            raise ValueError("cohort.modality 'texts' is read from a table with the columns text, patient_id")
         if self.findings is not None and not self.label_reports:
             raise ValueError("findings are what reports are read for: set label-reports = true")
         return self
@@ -153,9 +163,18 @@ class SiteSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     cohort: CohortTable
     policy: Policy = Policy()
+    model: OwnModel | None = None
     device: Device = Device()
     secure_aggregation: SecureAggregation = SecureAggregation()
     testing: Testing = Testing()
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if self.cohort.modality == "images" and self.model is not None and self.model.part == "prompts":
+            raise ValueError(
+                "prompts are trained on texts, and cohort.modality is 'images': name another part"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +199,12 @@ class Site:
     def name(self) -> str:
         """The site's public name."""
         return self.settings.name
+
+    @property
+    def own_model(self) -> OwnModel | None:
+        """The site's own model, its folder's path absolute; null: it trains the public one of the run."""
+        own = self.settings.model
+        return None if own is None else own.below(self.folder.resolve())
 
     @property
     def delta(self) -> float:
@@ -225,9 +250,10 @@ class Site:
             table=self._path(source.table),
             where=source.where,
             labels=self._path(source.labels),
+            modality=source.modality,
             label_reports=source.label_reports,
             findings=self._path(source.findings),
-            image_size=source.image_size,
+            image_size=MIN_IMAGE_SIZE if source.modality == "texts" else source.image_size,
             ct_windows=source.ct_windows,
             test_fraction=source.test_fraction,
             merge=self._path(source.merge),

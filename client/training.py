@@ -12,10 +12,11 @@ from client.drift import correct_drift
 from client.engines import MakeEngine, engine_maker
 from client.objectives import Anchors, objective_of
 from encoders.fitting import Pairs, fit_infonce
-from encoders.parts import TrainablePart
+from encoders.parts import TrainablePart, of_image_side
 from privacy.errors import UnsoundTraining
 from privacy.mechanism import Mechanism
 from privacy.noise import GaussianNoise
+from privacy.noisy_sums import MODALITIES, Modality
 from privacy.optimizers import make_optimizer, take_step
 from privacy.probes import refuse_coupling
 from privacy.sampling import poisson_sample
@@ -63,7 +64,8 @@ def train_privately(
         make_engine: The site's choice of what clips.
 
     Returns:
-        Trained minus given weights, float32, of what this round trains.
+        Trained minus given weights, float32, of what this round trains: where one side of the pairs is not
+        there, nothing of that side's tower and head.
 
     Raises:
         UnsoundTraining: mechanism and plan are for two objectives, or the objective or the model couples what
@@ -74,7 +76,8 @@ def train_privately(
             f"the noise is for the {mechanism.kind} objective and the plan trains {plan.objective}"
         )
     part.module.eval()  # dropout would be noise that nobody accounts for, and slower
-    before, parameters = _begin(part, plan, server_round), dict(part.module.named_parameters())
+    before = _begin(part, plan, server_round, modalities=data.modalities)
+    parameters = dict(part.module.named_parameters())
     optimizer, schedule = _optimizer(
         part, plan, server_round=server_round, steps=mechanism.steps, correction=correction
     )
@@ -185,10 +188,17 @@ def rate_factor(plan: TrainingPlan, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
-def _begin(part: TrainablePart, plan: TrainingPlan, server_round: int) -> Arrays:
-    """Let only this round's parameters be trained; their values."""
+def _begin(
+    part: TrainablePart,
+    plan: TrainingPlan,
+    server_round: int,
+    *,
+    modalities: tuple[Modality, ...] = MODALITIES,
+) -> Arrays:
+    """Let only this round's parameters be trained, of sides that are there; their values."""
     arrays = part.arrays()
-    names = trained(arrays, plan, server_round)
+    sides = {modality == "image" for modality in modalities}
+    names = {name for name in trained(arrays, plan, server_round) if of_image_side(name) in sides}
     part.train_only(names)
     return {name: value for name, value in arrays.items() if name in names}
 

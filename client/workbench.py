@@ -1,8 +1,9 @@
 """What a site keeps ready between rounds: the model's part and the cohort in the form it trains on.
 
 All but an optimizer's state can be made again from the site's folder; keeping it saves minutes in a
-simulation and in a long-lived client, and changes no result. Of models one is kept, with what was made for
-it; of sites as many as fit into a number of bytes, so a thousand of them need no more memory than ten.
+simulation and in a long-lived client, and changes no result. Of models one is kept, or a few where sites have
+their own, with what was made for them; of sites as many as fit into a number of bytes, so a thousand of them
+need no more memory than ten.
 """
 
 from collections.abc import Mapping
@@ -16,19 +17,24 @@ import torch
 from numpy.typing import NDArray
 
 from client.batches import Rows, TrainingData
+from client.cohort.settings import CohortModality
 from client.kept import kept
 from client.objectives import Anchors
 from client.site import packed_cohort
 from client.training import OptimizerState
-from encoders.clip import ClipEncoder
+from encoders.clip import ClipEncoder, build
 from encoders.fitting import Pairs
 from encoders.objectives import same_meaning, soft_positives, text_similarity
 from encoders.parts import TrainablePart, trainable_part
+from privacy.noisy_sums import MODALITIES, Modality
 from strategies.bundles import BundleStore
-from strategies.messages import Part, PublicBundle
+from strategies.messages import Arrays, Part, PublicBundle
+from strategies.settings import OwnModel
+from tasks.concepts import members_by_labels, named_concepts
 
 PAIRS_BYTES = 2**30  # 20,000 pairs at 224 pixels: a large hospital, or a thousand small ones
 OPTIMIZER_BYTES = 2**32
+LOCAL_MODELS = 4  # of the sites of a simulation; a hospital has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,31 +70,90 @@ def part_of(
     return trainable_part(encoder, part, lora_rank=lora_rank, prompt_tokens=prompt_tokens)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalModel:
+    """A model of a site's own.
+
+    Attributes:
+        part: What of it is trained. Its weights are whatever was loaded last.
+        start: Those before the first round; public.
+    """
+
+    part: TrainablePart
+    start: Arrays
+
+
+@lru_cache(maxsize=LOCAL_MODELS)
+def local_model(
+    installed: InstalledBundle, own: OwnModel | None, lora_rank: int, prompt_tokens: int, device: str
+) -> LocalModel:
+    """The model that a site trains where prototypes alone are shared.
+
+    Guarantees:
+        Its embeddings are as wide as those of the bundle's model, and it starts from public values alone.
+
+    Args:
+        installed: The run's public bundle, whose model is the space of the prototypes.
+        own: What the site's file names; None: the bundle's model and its two heads.
+        lora_rank: Of a part with LoRA factors.
+        prompt_tokens: Of a part with prompts.
+        device: Where it is trained.
+
+    Raises:
+        BundleMissing: the bundle was never installed here, or was changed on the disk.
+        EncoderError: a model cannot be built.
+    """
+    if local_model.cache_info().currsize == LOCAL_MODELS:  # one is forgotten now
+        for made_for_a_part in (training_pairs, training_data, anchors_of):
+            made_for_a_part.cache_clear()
+    bundle = installed.load()
+    encoder = ClipEncoder.parse(bundle.model, bundle.weights)
+    if own is not None:
+        encoder = build(
+            own.encoder,
+            image_size=own.image_size,
+            max_tokens=own.max_tokens,
+            seed=own.seed,
+            inverse_temperature=encoder.inverse_temperature,
+        ).of_width(encoder.width, seed=own.seed)
+    encoder.model.to(device)
+    kind = "heads" if own is None else own.part
+    part = trainable_part(encoder, kind, lora_rank=lora_rank, prompt_tokens=prompt_tokens)
+    return LocalModel(part=part, start=part.arrays())
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingPairs:
     """A site's training pairs, and what is known of each.
 
     Attributes:
         pairs: N of them, as inputs of a part.
+        modalities: Which side of them is there; the other is a placeholder that nothing may be made of.
         texts: N texts.
         patients: Patient number of each, int, shape (N,).
         labels: By finding, 1 there, 0 ruled out, else unknown, shape (N,).
     """
 
     pairs: Pairs
+    modalities: tuple[Modality, ...]
     texts: list[str]
     patients: Rows
     labels: Mapping[str, NDArray[np.float32]]
 
 
 @kept(most_bytes=PAIRS_BYTES)
-def training_pairs(folder: Path, part: TrainablePart) -> TrainingPairs:
+def training_pairs(folder: Path, part: TrainablePart, modality: CohortModality = "pairs") -> TrainingPairs:
     """The training patients of the site in ``folder`` as inputs of ``part``."""
     cohort = packed_cohort(folder)
     rows = cohort.train()
     texts = [cohort.texts[row] for row in rows]
     return TrainingPairs(
-        pairs=Pairs.of(part, cohort.images[rows], texts),
+        pairs=Pairs.of(
+            part,
+            cohort.images[rows[:1] if modality == "texts" else rows],
+            texts[:1] if modality == "images" else texts,
+        ),
+        modalities={"pairs": MODALITIES, "images": ("image",), "texts": ("text",)}[modality],
         texts=texts,
         patients=cohort.patients[rows],
         labels={finding: values[rows] for finding, values in cohort.labels.items()},
@@ -102,6 +167,8 @@ def training_data(
     anchor_texts: tuple[str, ...],
     soft_from: float | None = None,
     wordings: tuple[tuple[str, ...], ...] = (),
+    modality: CohortModality = "pairs",
+    targets: tuple[str, ...] = (),
 ) -> TrainingData:
     """`training_pairs` beside the anchors.
 
@@ -112,22 +179,37 @@ def training_data(
         soft_from: Anchors from this similarity on are positives to a degree; None: those that say the same
             as a pair are left out for it.
         wordings: Of the prototypes behind the bank, which are as near a text as the nearest of theirs.
+        modality: Of the site's rows.
+        targets: Names of the concepts of these prototypes, if a row is to be drawn to those that its own
+            labels state; empty: it is not.
     """
-    known = training_pairs(folder, part)
+    known = training_pairs(folder, part, modality)
     pairs, texts, patients, device = known.pairs, known.texts, known.patients, known.pairs.images.device
     said = [*((text,) for text in anchor_texts), *wordings]
     sentences = [text for each in said for text in each]
     first = np.cumsum([0, *map(len, said)])[:-1]
     if soft_from is None:
-        same = np.maximum.reduceat(same_meaning(texts, sentences), first, axis=1)
-        return TrainingData(pairs=pairs, patients=patients, masked=torch.from_numpy(same).to(device))
-    similarity = np.maximum.reduceat(text_similarity(texts, sentences), first, axis=1)
-    positives = torch.from_numpy(soft_positives(similarity, least=soft_from)).to(device)
-    nobody = torch.zeros_like(positives, dtype=torch.bool)
-    return TrainingData(pairs=pairs, patients=patients, masked=nobody, positives=positives)
+        masked = np.maximum.reduceat(same_meaning(texts, sentences), first, axis=1)
+        shares = np.zeros(masked.shape, dtype=np.float32) if targets else None
+    else:
+        similarity = np.maximum.reduceat(text_similarity(texts, sentences), first, axis=1)
+        shares = soft_positives(similarity, least=soft_from)
+        masked = np.zeros(shares.shape, dtype=bool)
+    if targets and shares is not None:
+        stated = members_by_labels(named_concepts(targets), known.labels, rows=len(texts))
+        behind = slice(-len(targets), None)
+        shares[:, behind] = np.maximum(shares[:, behind], stated)
+        masked[:, behind] &= stated == 0
+    return TrainingData(
+        pairs=pairs,
+        patients=patients,
+        masked=torch.from_numpy(masked).to(device),
+        positives=None if shares is None else torch.from_numpy(shares).to(device),
+        modalities=known.modalities,
+    )
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=LOCAL_MODELS)
 def anchors_of(
     installed: InstalledBundle, part: TrainablePart, count: int
 ) -> tuple[Anchors, tuple[str, ...]]:

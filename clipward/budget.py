@@ -246,8 +246,7 @@ def examination(site: "Site", *, anchors: str | None) -> dict[str, Any]:
         LedgerError: the ledger or its key cannot be used at all.
         RunError: a line of ``anchors`` is none.
     """
-    from client.answers import RELEASES
-    from client.releases import ReleaseStore
+    from client.releases import RELEASES, ReleaseStore
     from server.anchors import ANCHORS_FILE, parse
 
     ledger = site.unread_ledger()

@@ -326,6 +326,40 @@ def _run(
     typer.echo(f"report: {result.report}")
 
 
+@app.command("own-model")
+def own_model(
+    site: Annotated[Path, typer.Argument(help="The site's folder, with its site.toml.")],
+    run: Annotated[str, typer.Argument(help="Name of a run that shared prototypes alone.")],
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the model, in Hugging Face's layout.")
+    ] = None,
+) -> None:
+    """Measure, and export, the model that a site trained for itself in a run that shared prototypes alone.
+
+    The figures are of the site's held-out patients: they are for the hospital, and no epsilon covers them.
+
+    Example: clipward own-model sites/north prototypes --out model
+    """
+    import json
+
+    from client.site import Site
+    from clipward.console import errors_in_one_line
+    from clipward.own_models import measured_at_home
+    from clipward.own_models import own_model as model_of
+    from strategies.settings import SettingsError
+
+    with errors_in_one_line(_expected()):
+        opened = Site.open(site)
+        part = model_of(opened, run=run)
+        if part is None:
+            raise SettingsError(
+                f"{opened.name} has no model of its own in run {run!r}: it has not trained in it"
+            )
+        if out is not None:
+            part.merged().export(out)
+        typer.echo(json.dumps(measured_at_home(opened, part), indent=2))
+
+
 def _expected() -> tuple[type[Exception], ...]:
     """Errors whose text tells the person at the keyboard what to do."""
     from client.cohort import CohortError

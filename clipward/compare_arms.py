@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from privacy.mechanism import MECHANISMS
 from privacy.mechanism import Kind as MechanismName
 from server.federation import Federation
-from strategies.messages import Part
+from strategies.messages import Part, Shared
 from strategies.settings import SettingsError
 
 Mode = Literal["dp", "none"]
@@ -126,6 +126,10 @@ def arms_of(federation: Federation, asked: Asked, sites: Sequence[str]) -> list[
     Raises:
         SettingsError: the file lacks what is asked for, or forbids it.
     """
+    if federation.share.part == "prototypes":
+        raise SettingsError(
+            "share.part 'prototypes' leaves no common model to compare: simulate it, and see each site's"
+        )
     together = federation.strategy.asked_of(len(sites))
     arms: list[Arm] = []
     for mode, part, objective, seed in product(
@@ -155,7 +159,7 @@ def _document(
     asked: Asked,
     *,
     mode: Mode,
-    part: Part,
+    part: Shared,
     objective: MechanismName | None,
     seed: int | None,
 ) -> Document:

@@ -113,6 +113,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         "public start": summary["public_start"],
         "after private federation" if mode == "dp" else "after federation": summary["evaluation"],
         **{name.replace("_", " ").replace("dp", "DP"): one for name, one in compared},
+        **{f"{site}'s own": one for site, one in summary.get("models", {}).items()},
     }
     columns = {name: evaluation for name, evaluation in columns.items() if evaluation is not None}
     table = Table(title=f"{summary['run']}: held-out patients of all sites", title_justify="left")

@@ -153,10 +153,11 @@ def pool(sites: Sequence[Path], out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for row, text in enumerate(cohort.texts):
             image = folder / f"{cohort.identity[:16]}-{row}.png"
-            _save(image, cohort.images[row])
+            if site.settings.cohort.modality != "texts":  # what is packed there is black
+                _save(image, cohort.images[row])
             rows.append(
                 {
-                    "image": str(image.resolve()),
+                    "image": str(image.resolve()) if image.is_file() else "",
                     "text": text,
                     "patient_id": f"{site.name}/{cohort.patients[row]}",
                     "study_id": f"{site.name}/{cohort.studies[row]}",

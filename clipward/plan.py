@@ -205,16 +205,9 @@ def _completed(given: dict[str, Any], config: Path, *, patients: int) -> dict[st
 
 def trained_weights(federation: "Federation") -> int:
     """How many weights a federation's sites train and send."""
-    from encoders.parts import trainable_part
-    from server.start import build_encoder
+    from server.start import build_encoder, trained_part
 
-    share = federation.share
-    part = trainable_part(
-        build_encoder(federation),
-        share.part,
-        lora_rank=share.lora_rank,
-        prompt_tokens=share.prompt_tokens,
-    )
+    part = trained_part(federation, build_encoder(federation))
     return sum(value.numel() for value in part.parameters().values())
 
 

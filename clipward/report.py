@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from clipward.charts import DIRECTION_NAMES, draw_charts
 from clipward.summary import epsilon_text
-from server.metrics import PHASES, Event, effective, epsilon_spent, finished_rounds
+from server.metrics import PHASES, RELEASED, Event, effective, epsilon_spent, finished_rounds
 from strategies.files import write_text
 from strategies.messages import RefusalCode
 
@@ -90,10 +90,13 @@ def _content(events: Sequence[Event], summary: Mapping[str, Any], title: str | N
         "findings": findings,
         "rounds": rounds,
         "sites": sites,
+        "models": _models(summary),
         "refusals": _refusals(counted),
         "phases": _phases(counted),
         "traffic": {
-            direction: sum(event.get(f"bytes_{direction}") or 0 for event in replies)
+            direction: sum(
+                event.get(f"bytes_{direction}") or 0 for event in counted if event["kind"] in RELEASED
+            )
             for direction in ("up", "down")
         },
         "config": list(_flat(started.get("config") or {})),
@@ -156,6 +159,20 @@ def _findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     start = _dig(summary["public_start"], "zero_shot", "per_class") or {}
     names = sorted(final | start, key=lambda name: (-(final.get(name) or 0), name))
     return [{"name": name, "start": start.get(name), "final": final.get(name)} for name in names]
+
+
+def _models(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a site, where each has a model of its own."""
+    return [
+        {
+            "site": site,
+            "r10": _dig(found, "retrieval", "image_to_text", "r10"),
+            "chance_r10": _dig(found, "retrieval", "image_to_text", "chance_r10"),
+            "auroc": _dig(found, "zero_shot", "macro_auroc"),
+            "chance_auroc": _dig(found, "zero_shot", "chance"),
+        }
+        for site, found in summary.get("models", {}).items()
+    ]
 
 
 def _rounds(events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -22,14 +22,16 @@ from client.cohort.tables import read_table
 from client.site import PINS_FILE, SITE_FILE, Site
 from clipward.backends import run_in_process, run_on_ray
 from clipward.heterogeneity import SITE, cut_table, pool, require_known, site_names
+from clipward.own_models import measured
 from clipward.public_start import Progress, evaluation_set, prepare_start
 from clipward.report import write_report
 from clipward.summary import summarise, write_summary
 from encoders.parts import TrainablePart
+from encoders.preprocessing import Preprocessing
 from server import checkpoints
 from server.app import coordinate
 from server.evaluation import EvaluationSet, evaluator
-from server.federation import Federation, Privacy, Simulation, SitePolicy
+from server.federation import Federation, Missing, Privacy, Simulation, SitePolicy
 from server.metrics import Event, read_events
 from server.start import STARTS, Prepared, part_of, start_of
 from strategies.files import write_text
@@ -91,7 +93,7 @@ def simulate(
     prepared = prepare_start(federation, cache=runs / STARTS, on_progress=on_progress)
     folders = prepare_sites(federation, run_dir)
     federation = with_keys(federation, folders)
-    held_out = _held_out(folders, on_progress)
+    held_out = _held_out(folders, on_progress, resized=federation.share.part == "prototypes")
     run_sites(
         federation,
         prepared,
@@ -102,7 +104,7 @@ def simulate(
         resume=resume,
         listeners=listeners,
     )
-    return finish(federation, run_dir, prepared, compare=compare)
+    return finish(federation, run_dir, prepared, folders=folders, held_out=held_out, compare=compare)
 
 
 def run_sites(
@@ -131,7 +133,8 @@ def run_sites(
     Raises:
         RunError: the run cannot start or go on.
     """
-    measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out else None
+    common = federation.share.part != "prototypes"
+    measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out and common else None
     server_app = ServerApp()
 
     @server_app.main()
@@ -151,24 +154,36 @@ def run_sites(
 
 
 def finish(
-    federation: Federation, run_dir: Path, prepared: Prepared, *, compare: Mapping[str, Any] | None = None
+    federation: Federation,
+    run_dir: Path,
+    prepared: Prepared,
+    *,
+    folders: Sequence[Path],
+    held_out: EvaluationSet | None,
+    compare: Mapping[str, Any] | None = None,
 ) -> Result:
     """Write what a finished run leaves: ``model/``, ``summary.json``, ``report.html``.
+
+    Where prototypes alone were shared there is no ``model/``: each site's own is measured where it lies.
 
     Args:
         federation: The run's settings.
         run_dir: Its folder.
         prepared: Its start.
+        folders: Of its sites.
+        held_out: What models are measured on; null: they are not.
         compare: Evaluations of other models on the same data, by name.
     """
+    alone = federation.share.part == "prototypes"
+    models = measured(folders, run=federation.name, held_out=held_out) if alone else None
     stops = federation.evaluation.stop_after > 0  # then the last rounds were no better than the best
     checkpoint = (checkpoints.load_best(run_dir) if stops else None) or checkpoints.load_latest(run_dir)
-    if checkpoint is not None:
+    if checkpoint is not None and not alone:
         part = part_of(federation, prepared.bundle)
         part.load({**part.arrays(), **checkpoint.arrays})
         _export(part, run_dir / "model")
     events = read_events(run_dir / "metrics.jsonl")
-    result = Result(summary=summarise(events, compare=compare), run_dir=run_dir)
+    result = Result(summary=summarise(events, compare=compare, models=models), run_dir=run_dir)
     write_summary(run_dir / "summary.json", result.summary)
     write_report(result.report, events=events, summary=result.summary)
     return result
@@ -231,9 +246,11 @@ def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
         patients.setdefault(row[column], set()).add(row[patient])
     names = site_names(patients, of=f"{table}, column {column!r}")
     require_known(simulation.policies, names.values(), key="policies")
+    require_known(simulation.models, names.values(), key="models")
     common = simulation.policy.model_dump(mode="json", by_alias=True)
     for value, name in names.items():
-        own = simulation.policies.get(name, SitePolicy())
+        own, model = simulation.policies.get(name, SitePolicy()), simulation.models.get(name)
+        table_of_model = {} if model is None else {"model": model.model_dump(mode="json", by_alias=True)}
         _write_site(
             root / name,
             {
@@ -244,9 +261,11 @@ def _cut(table: Path, simulation: Simulation, root: Path) -> list[Path]:
                     "where": {column: value},
                     "patients-declared": len(patients[value]),
                     "image-size": simulation.image_size,
+                    "modality": simulation.missing.get(name, Missing()).modality,
                     "salt": f"clipward/{name}",
                 },
                 "policy": common | own.model_dump(mode="json", by_alias=True, exclude_none=True),
+                **table_of_model,
             },
         )
     return [root / name for name in names.values()]
@@ -262,6 +281,10 @@ def without_privacy(federation: Federation, *, runs: Path, on_progress: Progress
         SettingsError: no site where the file points.
         CohortError: a site's data cannot be used.
     """
+    if federation.share.part == "prototypes":
+        raise SettingsError(
+            "share.part 'prototypes' is not run without privacy: its models would be released"
+        )
     name = f"{federation.name}-without-dp"
     root = runs / name / "sites"
     for folder in prepare_sites(federation, runs / federation.name):
@@ -291,8 +314,16 @@ def _write_site(folder: Path, settings: Mapping[str, Any]) -> None:
     write_text(folder / SITE_FILE, "# Made for a simulation.\n" + tomli_w.dumps(settings))
 
 
-def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet | None:
-    """The held-out patients of all sites; None when there are none."""
+def _held_out(
+    folders: Sequence[Path], tell: Progress | None, *, resized: bool = False
+) -> EvaluationSet | None:
+    """The held-out pairs of all sites; None when there are none.
+
+    Args:
+        folders: Of the sites.
+        tell: Told of the packing.
+        resized: Whether sites may pack images at different sizes, of which the smallest is then used.
+    """
     sets = []
     for folder in folders:
         site = Site.open(folder)
@@ -305,12 +336,17 @@ def _held_out(folders: Sequence[Path], tell: Progress | None) -> EvaluationSet |
                 site.name,
                 least,
             )
-        sets.append(evaluation_set(cohort, cohort.test()))
-    return together(sets) if any(len(one.texts) for one in sets) else None
+        if site.settings.cohort.modality == "pairs":
+            sets.append(evaluation_set(cohort, cohort.test()))
+    return together(sets, resized=resized) if any(len(one.texts) for one in sets) else None
 
 
-def together(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+def together(sets: Sequence[EvaluationSet], *, resized: bool = False) -> EvaluationSet:
     """Several sets as one; a finding is unknown in the rows of a set that does not have it.
+
+    Args:
+        sets: At least one.
+        resized: Whether their images may be of different sizes, of which the smallest is then used.
 
     Raises:
         SettingsError: they hold images of different sizes.
@@ -318,7 +354,7 @@ def together(sets: Sequence[EvaluationSet]) -> EvaluationSet:
     findings = sorted({finding for one in sets for finding in one.labels})
     unknown = [np.full(len(one.texts), np.nan, dtype=np.float32) for one in sets]
     return EvaluationSet(
-        images=_same_size([one.images for one in sets]),
+        images=_same_size([one.images for one in sets], resized=resized),
         texts=tuple(text for one in sets for text in one.texts),
         labels={
             finding: np.concatenate(
@@ -333,9 +369,12 @@ def _packed(site: Site, tell: Progress | None) -> Cohort:
     return site.cohort(on_progress=partial(tell, f"read {site.name}") if tell else None)
 
 
-def _same_size(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _same_size(images: Sequence[NDArray[np.uint8]], *, resized: bool) -> NDArray[np.uint8]:
     sizes = {packed.shape[1] for packed in images}
-    if len(sizes) > 1:
+    if len(sizes) > 1 and resized:
+        smallest = Preprocessing(image_size=min(sizes))
+        images = [smallest.resize(packed) for packed in images]
+    elif len(sizes) > 1:
         raise SettingsError(f"the sites pack images at different sizes {sorted(sizes)}: use one image-size")
     return np.concatenate(images)
 

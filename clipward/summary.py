@@ -7,13 +7,26 @@ from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
-from server.metrics import DIRECTIONS, RECALLS, Event, effective, epsilon_spent, finished_rounds
+from server.metrics import (
+    DIRECTIONS,
+    RECALLS,
+    RELEASED,
+    Event,
+    effective,
+    epsilon_spent,
+    finished_rounds,
+)
 from strategies.files import write_text
 
 VERSION = 1
 
 
-def summarise(events: Sequence[Event], *, compare: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def summarise(
+    events: Sequence[Event],
+    *,
+    compare: Mapping[str, Any] | None = None,
+    models: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Sum a run up.
 
     Guarantees:
@@ -24,6 +37,7 @@ def summarise(events: Sequence[Event], *, compare: Mapping[str, Any] | None = No
     Args:
         events: All events of the run, oldest first.
         compare: Evaluations of other models on the same data, such as ``{"without_dp": evaluation}``.
+        models: Evaluations of the sites' own models, by site, where a run has no common one.
     """
     counted = effective(events)
     finished = finished_rounds(counted)
@@ -44,9 +58,7 @@ def summarise(events: Sequence[Event], *, compare: Mapping[str, Any] | None = No
             "communicate": _sum(phase.get("communicate") for phase in phases),
             "evaluate": _sum(event.get("seconds") for event in evaluated),
         },
-        "bytes_up_per_site_round": _mean(
-            event.get("bytes_up") for event in replies if event["round"] in finished
-        ),
+        "bytes_up_per_site_round": _mean(_bytes_up(counted, finished=finished)),
         "privacy": _privacy(started.get("privacy") or {}, replies=replies, sites=sites),
         "sites": sites,
         "evaluation": _evaluation(last["evaluation"]) if last else None,
@@ -55,6 +67,8 @@ def summarise(events: Sequence[Event], *, compare: Mapping[str, Any] | None = No
     }
     if compare is not None:
         summary["compare"] = {name: _evaluation(evaluation) for name, evaluation in compare.items()}
+    if models is not None:
+        summary["models"] = {site: _evaluation(evaluation) for site, evaluation in models.items()}
     return summary
 
 
@@ -77,6 +91,16 @@ def active_seconds(events: Sequence[Event]) -> float | None:
 def epsilon_text(epsilon: float) -> str:
     """Two decimals, rounded up: a printed guarantee may be weaker than the proven one, never stronger."""
     return str(Decimal(repr(epsilon)).quantize(Decimal("0.01"), rounding=ROUND_CEILING))
+
+
+def _bytes_up(events: Sequence[Event], *, finished: set[int]) -> list[float | None]:
+    """What each site sent in each finished round that it replied in, releases beside its update included."""
+    sent: dict[tuple[str, int], list[float | None]] = {}
+    for event in events:
+        if event["kind"] in RELEASED and event.get("round") in finished:
+            sent.setdefault((event["site"], event["round"]), []).append(event.get("bytes_up"))
+    replied = {(event["site"], event["round"]) for event in events if event["kind"] == "site_replied"}
+    return [_sum(sizes) for answer, sizes in sent.items() if answer in replied]
 
 
 def _sites(events: Sequence[Event], *, names: Iterable[str], finished: set[int]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,6 +61,29 @@ class ClipEncoder:
     def width(self) -> int:
         """D of the embeddings."""
         return int(self.model.config.projection_dim)
+
+    @property
+    def inverse_temperature(self) -> float:
+        """The fixed s of its logits."""
+        return float(self.model.logit_scale.detach().exp())
+
+    def of_width(self, width: int, *, seed: int) -> Self:
+        """The encoder with embeddings of ``width`` numbers: itself, or one whose projections begin anew.
+
+        Args:
+            width: D.
+            seed: Of new projections.
+        """
+        if width == self.width:
+            return self
+        description = self.describe()
+        config = description["config"] | {"projection_dim": width}
+        towers = {name: config[name] | {"projection_dim": width} for name in ("text_config", "vision_config")}
+        model = _untrained(CLIPConfig(**config | towers), seed=seed)
+        kept = {name: value for name, value in self.weights().items() if "projection" not in name}
+        fresh = {name: value.numpy() for name, value in model.state_dict().items() if name not in kept}
+        _load(model, {**kept, **fresh})
+        return replace(self, model=model)
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready: architecture, tokenizer, preprocessing; no weights."""

@@ -31,13 +31,21 @@ class Pairs:
 
     @classmethod
     def of(cls, part: TrainablePart, images: NDArray[np.uint8], texts: list[str]) -> "Pairs":
-        """Packed images uint8 (N, S, S) and their texts in the form ``part`` trains on."""
+        """Packed images uint8 (N, S, S) and their texts in the form ``part`` trains on.
+
+        One image, or one text, stands for all of them; it is worked out once and takes no room.
+        """
+        rows = max(len(images), len(texts))
         numbers: dict[str, int] = {}
         keys = [numbers.setdefault(text.lower(), len(numbers)) for text in texts]
         image_inputs, text_inputs = part.inputs(images, texts)
-        return cls(
-            images=image_inputs, texts=text_inputs, text_keys=torch.tensor(keys, device=image_inputs.device)
+        text_keys = torch.tensor(keys, device=image_inputs.device)
+        sides = (
+            value if len(value) == rows else value.expand(rows, *value.shape[1:])
+            for value in (image_inputs, text_inputs, text_keys)
         )
+        all_images, all_texts, all_keys = sides
+        return cls(images=all_images, texts=all_texts, text_keys=all_keys)
 
     def __len__(self) -> int:
         return len(self.text_keys)

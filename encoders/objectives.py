@@ -117,6 +117,50 @@ def anchored_sigmoid_loss(
     return total
 
 
+def prototype_loss(
+    embeddings: Tensor,
+    *,
+    anchors: Tensor,
+    masked: Tensor,
+    positives: Tensor,
+    inverse_temperature: float,
+    logit_bias: float | None = None,
+) -> Tensor:
+    """Each image, or text, without a partner against the other side's anchors, drawn to those it belongs to.
+
+    Guarantees:
+        Element i depends on row i and the anchors alone.
+
+    Args:
+        embeddings: Unit vectors, shape (B, D).
+        anchors: Unit vectors of the other side, without gradient, shape (K, D).
+        masked: Boolean (B, K): anchor k is left out for row i.
+        positives: How far row i belongs to anchor k, in [0, 1], shape (B, K).
+        inverse_temperature: s, public and fixed.
+        logit_bias: b of the sigmoid form; None: the softmax form.
+
+    Returns:
+        Loss of each row, shape (B,). In the softmax form it is 0 for a row that belongs nowhere.
+
+    Raises:
+        ValueError: an anchor carries a gradient.
+
+    Source:
+        Prototypes as classes, Tan et al. (2022), arXiv:2105.00243 (FedProto), in the forms of `anchored_loss`
+        and `anchored_sigmoid_loss` without their partner.
+    """
+    _refuse_gradient(anchors)
+    shares = positives.masked_fill(masked, 0)
+    logits = inverse_temperature * embeddings @ anchors.T
+    if logit_bias is not None:
+        logits = logits + logit_bias
+        return (-F.logsigmoid(-logits) - shares * logits).masked_fill(masked, 0).sum(-1)
+    total = shares.sum(-1)
+    spread = torch.logsumexp(logits.masked_fill(masked, -torch.inf), dim=-1)
+    missed = spread - (shares * logits).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.where(total > 0, missed, 0 * embeddings.sum(-1))
+
+
 def infonce_loss(
     image_embeddings: Tensor,
     text_embeddings: Tensor,
@@ -221,8 +265,8 @@ def soft_positives(similarity: NDArray[np.float32], *, least: float) -> NDArray[
     return np.asarray(np.clip((similarity - least) / (SAME_MEANING - least), 0, 1), dtype=np.float32)
 
 
-def _refuse_gradient(text_anchors: Tensor, image_anchors: Tensor) -> None:
-    if text_anchors.requires_grad or image_anchors.requires_grad:
+def _refuse_gradient(*anchors: Tensor) -> None:
+    if any(side.requires_grad for side in anchors):
         raise ValueError("anchors must be built under no_grad: a bank with gradient leaks into every pair")
 
 

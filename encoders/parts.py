@@ -30,6 +30,14 @@ PROMPT_STD = 0.02  # of initial prompt tokens, as in Zhou et al. (2022)
 PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
 
 
+_IMAGE_SIDE = ("vision_model.", "visual_projection.")
+
+
+def of_image_side(name: str) -> bool:
+    """Whether a parameter of a part belongs to the images' tower or head; else it belongs to the texts'."""
+    return name.startswith(_IMAGE_SIDE)
+
+
 class Module(nn.Module, ABC):
     """Inputs of a part to unit embeddings; row i of an output depends on row i of the input alone."""
 

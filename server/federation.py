@@ -11,35 +11,19 @@ from strategies.messages import (
     LoraTrain,
     LossPlan,
     OptimizerName,
-    Part,
     Personal,
     PrototypePlan,
+    Shared,
     TrainingPlan,
     Wire,
 )
 from strategies.messages import Objective as ObjectiveName
-from strategies.settings import PairSource, Settings
+from strategies.settings import ModelSettings, OwnModel, PairSource, Settings
 from strategies.strategy import SUMMED, StrategySettings
 from tasks.prompts import PROMPTS
 
 DEFAULT_BATCH = 64
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class ModelSettings(Settings):
-    """The model everyone trains.
-
-    Attributes:
-        encoder: ``tiny``, ``vit-b-16``, or a local Hugging Face folder with a CLIP model.
-        image_size: Pixels of the square model input; ignored for a folder, which knows its own.
-        max_tokens: Longest text; ignored for a folder.
-        seed: Initial weights.
-    """
-
-    encoder: str = "tiny"
-    image_size: int = Field(default=64, ge=16, le=1024)
-    max_tokens: int = Field(default=64, ge=8, le=512)
-    seed: int = Field(default=0, ge=0)
 
 
 class PublicData(PairSource):
@@ -60,7 +44,8 @@ class Share(Settings):
     Attributes:
         part: All weights (``full``), LoRA factors and heads (``lora``), the two projection ``heads``, the
             image projection alone on centred features (``image-head``), or ``prompts``: learned tokens in
-            every text.
+            every text. With ``prototypes`` no weight travels: sites keep models of their own, which may
+            differ, and train them towards the prototypes of all.
         lora_rank: Columns of a LoRA factor.
         lora_train: ``alternating`` trains the factors B and A by turns, ``b`` B alone. Both at once could not
             be averaged exactly.
@@ -69,7 +54,7 @@ class Share(Settings):
         wire: Form of the updates: ``fp32``; ``bf16``, half of the bytes; ``int8``, a quarter of them.
     """
 
-    part: Part = "heads"
+    part: Shared = "heads"
     lora_rank: int = Field(default=4, ge=1)
     lora_train: LoraTrain = "alternating"
     prompt_tokens: int = Field(default=16, ge=1, le=256)
@@ -87,6 +72,10 @@ class Share(Settings):
             raise ValueError("prompts are neither norms nor heads: remove share.keep")
         if self.part in ("heads", "image-head") and "heads" in self.keep:
             raise ValueError(f"share.part {self.part!r} with keep = ['heads'] leaves nothing to share")
+        if self.part == "prototypes" and self.keep:
+            raise ValueError(
+                "with share.part = 'prototypes' all weights stay at the sites: remove share.keep"
+            )
         return self
 
 
@@ -497,8 +486,8 @@ class Missing(Settings):
 
     Attributes:
         labels: Without any label, for evaluation.
-        reports: Whose images have no report; they are left out of the cohort.
-        images: Whose reports have no image; they are left out of the cohort.
+        reports: Whose images have no report; they are left out of the cohort. 1 is a site of images alone.
+        images: Whose reports have no image; they are left out of the cohort. 1 is a site of reports alone.
     """
 
     labels: float = Field(default=0.0, ge=0, le=1)
@@ -507,12 +496,17 @@ class Missing(Settings):
 
     @model_validator(mode="after")
     def _pairs_are_left(self) -> Self:
-        if self.reports + self.images >= 1:
+        if self.reports + self.images >= 1 and {self.reports, self.images} != {0.0, 1.0}:
             raise ValueError(
                 "a cohort is made of images with their reports, and this site would have no pair: let "
-                "reports + images be below 1"
+                "reports + images be below 1, or one of them 1 and the other 0"
             )
         return self
+
+    @property
+    def modality(self) -> Literal["pairs", "images", "texts"]:
+        """What the site's cohort is then made of."""
+        return "images" if self.reports == 1 else "texts" if self.images == 1 else "pairs"
 
 
 class Simulation(Settings):
@@ -530,6 +524,7 @@ class Simulation(Settings):
         scanner_shift: How far the sites' images differ in grey curve and sharpness; 1 is about what the
             synthetic hospitals' scanners differ by.
         missing: By site, what it lacks.
+        models: By site, the model of its own that it trains where prototypes alone are shared.
         seed: Decides every draw of ``cut``, ``scanner_shift`` and ``missing``.
     """
 
@@ -542,6 +537,7 @@ class Simulation(Settings):
     cut: Cut | None = None
     scanner_shift: float = Field(default=0.0, ge=0, le=2)
     missing: dict[str, Missing] = Field(default_factory=dict)
+    models: dict[str, OwnModel] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0)
 
     @property
@@ -557,8 +553,9 @@ class Simulation(Settings):
 
     @model_validator(mode="after")
     def _policies_of_new_sites(self) -> Self:
-        if self.policies and self.sites is not None and not self.changed:
-            raise ValueError("policies are for sites cut from a table: those in a folder have their own")
+        if (self.policies or self.models) and self.sites is not None and not self.changed:
+            key = "policies" if self.policies else "models"
+            raise ValueError(f"{key} are for sites cut from a table: those in a folder have their own")
         return self
 
 
@@ -628,11 +625,26 @@ class Federation(Settings):
             )
         if self.prototypes is not None and self.objective.prototypes is not None:
             raise ValueError("name one: objective.prototypes, of before, or a table of new prototypes")
+        if self.share.part == "prototypes":
+            self._require_prototypes_alone()
         if self.privacy.mode == "dp" and self.training.epochs is not None:
             raise ValueError("training.epochs would tell a site's size: with privacy, say training.steps")
         if self.privacy.mode == "dp" and self.training.keep_optimizer:
             raise ValueError("training.keep-optimizer is only for privacy.mode = 'none'")
         return self
+
+    def _require_prototypes_alone(self) -> None:
+        needed = {
+            "a table [prototypes] that says which concepts": self.prototypes is not None,
+            "training.rounds of at least 2: the first goes by the prompts": self.training.rounds > 1,
+            "strategy.name = 'fedavg', as no updates are combined": self.strategy.name == "fedavg",
+            "strategy.late = 'drop', for the same reason": self.strategy.late == "drop",
+            "evaluation.stop-after = 0, as there is no common model": not self.evaluation.stop_after,
+            "no secure-aggregation, which hides updates of weights": self.secure_aggregation is None,
+        }
+        for what, given in needed.items():
+            if not given:
+                raise ValueError(f"share.part = 'prototypes' needs {what}")
 
     def _require_secure_sums(self, secure: SecureAggregation) -> None:
         secure.require_fit(self.strategy, self.share)
@@ -667,12 +679,13 @@ class Federation(Settings):
             table: Settings | None = getattr(self, name)
             if table is not None:
                 changes[name] = _absolute(table, folder)
+        if self.simulation is not None:
+            own = {site: model.below(folder) for site, model in self.simulation.models.items()}
+            changes["simulation"] = changes["simulation"].model_copy(update={"models": own})
         if self.evaluation.data is not None:
             data = _absolute(self.evaluation.data, folder)
             changes["evaluation"] = self.evaluation.model_copy(update={"data": data})
-        local = folder / self.model.encoder
-        if local.is_dir():
-            changes["model"] = self.model.model_copy(update={"encoder": str(local)})
+        changes["model"] = self.model.below(folder)
         return self.model_copy(update=changes)
 
     def public_settings(self) -> dict[str, Any]:

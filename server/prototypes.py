@@ -30,12 +30,15 @@ class Prototypes:
         least_cosine: A direction is used where noise should leave it such a cosine with the one without
             noise; elsewhere the concept's prompts stand in.
         embed: Unit directions (K, D) of the concepts' prompts under given weights.
+        shares_weights: Weights travel beside them. Without, every round needs a direction for every concept,
+            and takes the prompts where nobody has released one: in the first round, of all.
     """
 
     plan: PrototypePlan
     width: int
     least_cosine: float
     embed: EmbedConcepts
+    shares_weights: bool = True
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -107,7 +110,8 @@ class PrototypeSum:
             "sites": self._sites,
             "concepts": len(sums.concepts),
             "used": {
-                name: int((row >= least).sum()) for name, row in zip(MODALITIES, sums.counts, strict=True)
+                name: int((row >= least).sum()) if self._sites else 0  # nobody released: prompts alone
+                for name, row in zip(MODALITIES, sums.counts, strict=True)
             },
             "least_count": least,
         }

@@ -258,12 +258,13 @@ class _Run:
             return None
         if path.is_file():
             return PrototypeBank.load(path)
-        total = PrototypeSum(prototypes)
-        request = replace(self._request(server_round, base), phase="prototypes")
-        question = Question(request=request, folding=total, like=prototypes.like)
-        outcome = (self._secure or self._exchange).round(question, sites)
-        if not outcome.replied:  # each site's refusal is in the log
-            return outcome if outcome.reason else None
+        total, alone = PrototypeSum(prototypes), not prototypes.shares_weights
+        if not alone or server_round > 1:
+            request = replace(self._request(server_round, base), phase="prototypes")
+            question = Question(request=request, folding=total, like=prototypes.like)
+            outcome = (self._secure or self._exchange).round(question, sites)
+            if not outcome.replied and not alone:  # each site's refusal is in the log
+                return outcome if outcome.reason else None
         bank = total.bank(base)
         keep(bank, path)
         self._log.record("prototypes_made", round=server_round, **total.facts())

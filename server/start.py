@@ -23,7 +23,7 @@ from server.prototypes import Prototypes
 from server.rounds import Evaluate, Start
 from strategies.bundles import BundleStore
 from strategies.files import sync, write_text
-from strategies.messages import Arrays, PublicBundle
+from strategies.messages import Arrays, Part, PublicBundle
 from strategies.share import shared
 from tasks.concepts import Concept, concept_prompts
 
@@ -201,18 +201,28 @@ def _prototypes(federation: Federation, part: TrainablePart) -> Prototypes | Non
         width=part.encoder.width,
         least_cosine=federation.prototypes.least_cosine,
         embed=embed,
+        shares_weights=federation.plan().shares_weights,
     )
 
 
 def part_of(federation: Federation, bundle: PublicBundle) -> TrainablePart:
     """The part of the bundle's model that the federation trains, for use at the coordinator."""
-    encoder = ClipEncoder.parse(bundle.model, bundle.weights)
+    return trained_part(federation, ClipEncoder.parse(bundle.model, bundle.weights))
+
+
+def trained_part(federation: Federation, encoder: ClipEncoder) -> TrainablePart:
+    """The part of ``encoder`` that the federation trains.
+
+    Where prototypes alone are shared, no weights come back: the coordinator embeds prompts by it, and it is
+    the part that sites without a model of their own train.
+    """
     share = federation.share
-    return trainable_part(encoder, share.part, lora_rank=share.lora_rank, prompt_tokens=share.prompt_tokens)
+    part: Part = "heads" if share.part == "prototypes" else share.part
+    return trainable_part(encoder, part, lora_rank=share.lora_rank, prompt_tokens=share.prompt_tokens)
 
 
 def evaluator_of(federation: Federation, prepared: Prepared) -> Evaluate | None:
-    """Measures on the prepared public data, if there are any."""
-    if prepared.evaluation is None:
+    """Measures on the prepared public data, if there are any and the coordinator is sent weights."""
+    if prepared.evaluation is None or federation.share.part == "prototypes":
         return None
     return evaluator(part_of(federation, prepared.bundle), prepared.evaluation)

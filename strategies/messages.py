@@ -50,6 +50,7 @@ DEAL, MASK, CONSENT, REVEAL = "query.deal", "query.mask", "query.consent", "quer
 
 Arrays = dict[str, NDArray[Any]]
 Part = Literal["full", "lora", "heads", "image-head", "prompts"]
+Shared = Literal["full", "lora", "heads", "image-head", "prompts", "prototypes"]
 LoraTrain = Literal["alternating", "b"]
 Personal = Literal["norms", "heads"]
 Wire = Literal["fp32", "bf16", "int8"]
@@ -97,6 +98,9 @@ class Facts(BaseModel):
 
 class PrototypePlan(Facts):
     """Prototypes that every site releases at the start of every round, with the round's weights.
+
+    Where nothing else is shared, the first round has none: what models that never met say of a concept points
+    nowhere in common, so that round goes by the prompts.
 
     Attributes:
         findings: Each is two concepts: there, and ruled out (`tasks.concepts`).
@@ -148,7 +152,8 @@ class TrainingPlan(Facts):
 
     Attributes:
         part: What is trained and travels: all weights, LoRA factors, the two projection heads, the image
-            projection alone, or prompts.
+            projection alone, or prompts. With ``prototypes`` no weight does: every site trains a model of its
+            own, and keeps it.
         objective: ``anchored`` decomposes over patients, ``microbatch`` over groups of them (at twice the
             noise); ``infonce`` does neither and never claims an epsilon.
         privacy: ``dp`` or ``none``.
@@ -184,7 +189,7 @@ class TrainingPlan(Facts):
         seed: Seeds augmentation and, without DP, sampling. Never the noise.
     """
 
-    part: Part
+    part: Shared
     objective: Objective
     privacy: Literal["dp", "none"]
     epsilon: float | None = Field(default=None, gt=0)
@@ -231,6 +236,18 @@ class TrainingPlan(Facts):
     def batch_of(self, members: int) -> float:
         """How many of so many are expected in a step."""
         return (self.sample_rate or 0.0) * members + (self.batch or 0)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether weights travel; else every site trains a model of its own towards common prototypes."""
+        return self.part != "prototypes"
+
+    @property
+    def prototype_releases(self) -> int:
+        """How often a site releases prototypes in the whole run."""
+        if self.prototypes is None:
+            return 0
+        return self.rounds if self.shares_weights else self.rounds - 1
 
 
 class Hello(Facts):

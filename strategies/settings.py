@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,6 +48,40 @@ class Settings(BaseModel):
         except ValidationError as error:
             lines = [_explain(cls, dict(mistake)) for mistake in error.errors()]
             raise SettingsError("\n".join([f"{source} cannot be used:", *lines])) from None
+
+
+class ModelSettings(Settings):
+    """Which CLIP model, as the coordinator's file or a site's names it.
+
+    Attributes:
+        encoder: ``tiny``, ``vit-b-16``, or a local Hugging Face folder with a CLIP model.
+        image_size: Pixels of the square model input; ignored for a folder, which knows its own.
+        max_tokens: Longest text; ignored for a folder.
+        seed: Initial weights.
+    """
+
+    encoder: str = "tiny"
+    image_size: int = Field(default=64, ge=16, le=1024)
+    max_tokens: int = Field(default=64, ge=8, le=512)
+    seed: int = Field(default=0, ge=0)
+
+    def below(self, folder: Path) -> Self:
+        """The same with the absolute path of an encoder that lies in ``folder``."""
+        local = folder / self.encoder
+        return self.model_copy(update={"encoder": str(local)}) if local.is_dir() else self
+
+
+class OwnModel(ModelSettings):
+    """The model of a site's own in runs that share prototypes alone; others train the common one.
+
+    Its initial weights, in a folder or by the seed, must not have been made from this cohort's patients: they
+    are taken for public. Where its embeddings are not as wide as the run's, its projections begin anew.
+
+    Attributes:
+        part: What of it is trained.
+    """
+
+    part: Literal["full", "lora", "heads", "prompts"] = "heads"
 
 
 def _several(value: Any) -> Any:

@@ -19,19 +19,21 @@ def personal(names: Iterable[str], plan: TrainingPlan) -> frozenset[str]:
         Norms: Li et al. (2021), arXiv:2102.07623 (FedBN). Heads: Arivazhagan et al. (2019), arXiv:1912.00818
         (FedPer).
     """
+    if not plan.shares_weights:
+        return frozenset(names)
     marks = [mark for kind in plan.personal for mark in _PERSONAL[kind]]
     return frozenset(name for name in names if any(mark in name for mark in marks))
 
 
 def shared(names: Iterable[str], plan: TrainingPlan) -> frozenset[str]:
-    """Those that travel to the sites; the rest is `personal`.
+    """Those that travel to the sites; the rest is `personal`. None are, where prototypes alone are shared.
 
     Raises:
         MessageError: none is left.
     """
     names = frozenset(names)
     rest = names - personal(names, plan)
-    if not rest:
+    if not rest and plan.shares_weights:
         raise MessageError(
             f"part {plan.part!r} has nothing to share once {', '.join(plan.personal)} stay at the sites"
         )

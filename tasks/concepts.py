@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.embeddings import EmbeddingArray, checked_embeddings
+from tasks.embeddings import EmbeddingArray, EvaluationError, checked_embeddings
 from tasks.prompts import prompts_for
 from tasks.zero_shot import TextEncoder
 
@@ -46,6 +46,22 @@ def finding_concepts(findings: Sequence[str]) -> tuple[Concept, ...]:
             (False, prompts_for(finding).negative),
         )
     )
+
+
+def named_concepts(names: Sequence[str]) -> tuple[Concept, ...]:
+    """The concepts of these names, as `Concept.name` writes them.
+
+    Raises:
+        EvaluationError: a name is none of a concept.
+    """
+    concepts = []
+    for name in names:
+        finding, _, side = name.rpartition(" ")
+        found = [concept for concept in finding_concepts([finding] if side else []) if concept.name == name]
+        if not found:
+            raise EvaluationError(f"{name!r} names no concept: expected a finding, and present or absent")
+        concepts += found
+    return tuple(concepts)
 
 
 def members_by_labels(

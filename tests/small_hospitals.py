@@ -116,6 +116,8 @@ def plain_plan(**changes: Any) -> TrainingPlan:
 def request(*, server_round: int = 1, run: str = "small", **changes: Any) -> TrainRequest:
     """A request of `bundle`'s weights; ``changes`` go into the plan."""
     asked = plan(**changes)
+    if asked.part == "prototypes":
+        return TrainRequest(run=run, server_round=server_round, bundle=bundle().digest, plan=asked, arrays={})
     tokens = min(asked.prompt_tokens, micro_encoder().tokenizer.max_tokens - 3)
     part = trainable_part(micro_encoder(), asked.part, lora_rank=asked.lora_rank, prompt_tokens=tokens)
     return TrainRequest(

@@ -110,7 +110,7 @@ def _open_source(settings: CohortSettings) -> Source:
             ct_windows=tuple(Window(centre, width) for centre, width in settings.ct_windows),
         )
     if settings.table is not None:
-        return ImageTable(settings.table, settings.where)
+        return ImageTable(settings.table, settings.where, settings.modality)
     raise CohortSettingsError("expected exactly one of cohort.dicom and cohort.table")
 
 
@@ -152,7 +152,13 @@ def _pack(
             else:
                 _take_report(entry.name, entry.outcome, same_patient, reports, writer)
                 progress.add(2)
-        pairing = Pairing(reports=reports, labels=labels, same_patient=same_patient, findings=findings)
+        pairing = Pairing(
+            reports=reports,
+            labels=labels,
+            same_patient=same_patient,
+            findings=findings,
+            images_alone=settings.modality == "images",
+        )
         # Only now: the report of an image may lie behind it in the folder.
         pairs, to_render = tee(_pairs(candidates, pairing, writer, progress))
         displays = index.displays(
@@ -267,6 +273,7 @@ def _rules(settings: CohortSettings) -> str:
     """Return all that decides on the content beside the files and the salt."""
     chosen = [settings.test_fraction, sorted(settings.where.items()), settings.label_reports]
     chosen += settings.report_settings.facts()
+    chosen += [settings.modality] if settings.modality != "pairs" else []  # before there was a choice
     return json.dumps([_header_rules(settings), _display_rules(settings), chosen])
 
 

@@ -15,6 +15,7 @@ from client.cohort.errors import EmptyCohortError
 from client.cohort.outcomes import Code, RefusedError, Rejected, Rendered, State
 from client.cohort.pixels import MAX_PIXELS
 from client.cohort.resizing import Grey8, fit_square
+from client.cohort.settings import CohortModality
 from client.cohort.sources import Candidate, Entry, OrderedMap, stamp
 from client.cohort.tables import Table, label_value, read_table
 
@@ -25,10 +26,14 @@ _DISPLAY_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 @dataclass(frozen=True, repr=False)
 class ImageTable:
-    """The rows of a CSV whose cells equal ``where``, column by column; images are relative to the CSV."""
+    """The rows of a CSV whose cells equal ``where``, column by column; images are relative to the CSV.
+
+    Of images, or texts, by themselves the other column is not read and need not be there.
+    """
 
     path: Path
     where: Mapping[str, str] = field(default_factory=dict)
+    modality: CohortModality = "pairs"
 
     @cached_property
     def _table(self) -> Table:
@@ -49,6 +54,8 @@ class ImageTable:
     def stamps(self) -> Iterator[str]:
         """Yield the table's stamp, then those of its images that are there."""
         yield stamp(self.path, self.path.name)
+        if self.modality == "texts":
+            return
         image = self._table.need("image")
         for name in sorted({row[image] for row in self._rows}):
             path = self.path.parent / name
@@ -60,16 +67,20 @@ class ImageTable:
 
     def scan(self, ordered_map: OrderedMap) -> Iterator[Entry]:
         """Yield one entry per row, in the table's order; a row needs no other process to be judged."""
-        columns = _Columns.of(self._table, filtered=self.where)
+        columns = _Columns.of(self._table, filtered=self.where, modality=self.modality)
         splits = columns.splits(self._rows)
-        seen: set[tuple[str, str]] = set()
+        seen: set[tuple[str, ...]] = set()
         for number, row in enumerate(self._rows):
-            image, text = row[columns.image], row[columns.text]
-            path = self.path.parent / image
+            image = row[columns.image] if columns.image else ""
+            text = row[columns.text] if columns.text else ""
+            study = row[columns.study] if columns.study else ""
+            path = self.path.parent / image if image else self.path
+            # Two patients may have the same report, and no two the same image.
+            row_key = (image, text) if columns.image else (row[columns.patient], study, text)
             outcome: Candidate | Rejected
-            if (image, text) in seen:
+            if row_key in seen:
                 outcome = Rejected(State.DUPLICATE, Code.E_DUPLICATE_ROW)
-            elif not (image and _is_file(path)):
+            elif columns.image and not (image and _is_file(path)):
                 outcome = Rejected(State.QUARANTINED, Code.E_FILE_MISSING)
             elif columns.split and row[columns.split].lower() not in ("", *_IS_TEST):
                 outcome = Rejected(State.QUARANTINED, Code.E_BAD_SPLIT)
@@ -78,20 +89,20 @@ class ImageTable:
                 outcome = Candidate(
                     path=path,
                     patient=row[columns.patient],
-                    study=(row[columns.study] if columns.study else "") or f"row {number}",
+                    study=study or f"row {number}",
                     keys={"image": image},
-                    uid=image,
+                    uid=image or f"row {number}",
                     text=text,
                     labels={name: label_value(row[name]) for name in columns.labels},
                     is_test=own == {True} if own else None,
                     remarks=(Code.W_SPLIT_CONFLICT,) if len(own) > 1 else (),
                 )
-            seen.add((image, text))
-            yield Entry(image, outcome)
+            seen.add(row_key)
+            yield Entry(image if columns.image else f"row {number}", outcome)
 
     def renderer(self, size: int) -> Callable[[Path], Rendered | Rejected]:
         """Return what makes the packed image of a path."""
-        return partial(self.render, size=size)
+        return partial(_black if self.modality == "texts" else self.render, size=size)
 
     @staticmethod
     def render(path: Path, size: int) -> Rendered | Rejected:
@@ -111,20 +122,29 @@ class ImageTable:
 class _Columns:
     """The table's own spellings of what is read from it."""
 
-    image: str
-    text: str
+    image: str | None
+    text: str | None
     patient: str
     study: str | None
     split: str | None
     labels: Sequence[str]
 
     @classmethod
-    def of(cls, table: Table, *, filtered: Collection[str]) -> "_Columns":
-        image, text, patient = (table.need(name) for name in ("image", "text", "patient_id"))
+    def of(cls, table: Table, *, filtered: Collection[str], modality: CohortModality) -> "_Columns":
+        image = table.column("image") if modality == "texts" else table.need("image")
+        text = table.column("text") if modality == "images" else table.need("text")
+        patient = table.need("patient_id")
         study, split = table.column("study_id"), table.column("split")
         taken = {image, text, patient, study, split, *(table.need(name) for name in filtered)}
         labels = table.label_columns(without=taken)
-        return cls(image=image, text=text, patient=patient, study=study, split=split, labels=labels)
+        return cls(
+            image=None if modality == "texts" else image,
+            text=None if modality == "images" else text,
+            patient=patient,
+            study=study,
+            split=split,
+            labels=labels,
+        )
 
     def splits(self, rows: Sequence[Mapping[str, str]]) -> Mapping[str, set[bool]]:
         """Return the splits each patient is found in: True is held out."""
@@ -134,6 +154,11 @@ class _Columns:
             if held_out is not None:
                 found[row[self.patient]].add(held_out)
         return found
+
+
+def _black(_path: Path, size: int) -> Rendered:
+    """What stands in the place of an image where there is none."""
+    return Rendered(np.zeros((size, size), dtype=np.uint8))
 
 
 def _is_file(path: Path) -> bool:

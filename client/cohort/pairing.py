@@ -27,6 +27,7 @@ class Pairing:
         labels: Table | None,
         same_patient: Callable[[str], str] = str,
         findings: Findings | None = None,
+        images_alone: bool = False,
     ) -> None:
         """Take the reports, which have to be complete before the first image asks, and index the labels.
 
@@ -35,6 +36,7 @@ class Pairing:
             labels: Their labels and those of the images.
             same_patient: Maps the ids of one patient to one of them; images and reports come so.
             findings: What to label in the training texts; None: they are not read for labels.
+            images_alone: Images are taken as they come, with labels and without a text.
 
         Raises:
             ColumnMissingError: The table of labels has no key column.
@@ -42,6 +44,7 @@ class Pairing:
         self._reports = reports
         self._labels = _Labels(labels, same_patient) if labels is not None else None
         self._findings = findings
+        self._images_alone = images_alone
 
     def complete(self, candidate: Candidate) -> Candidate | Rejected:
         """Return the candidate with its training text, labels and patient, or why it is left out.
@@ -56,13 +59,15 @@ class Pairing:
             return refusal.rejected
 
     def _complete(self, candidate: Candidate) -> Candidate:
-        if candidate.text is None:
+        if self._images_alone:
+            candidate = replace(candidate, text="")
+        elif candidate.text is None:
             candidate = self._with_report(candidate)
         if self._labels is not None:
             candidate = self._labels.add_to(candidate)
         if not candidate.patient:
             raise RefusedError(State.QUARANTINED, Code.E_NO_PATIENT)
-        return self._with_training_text(candidate)
+        return candidate if self._images_alone else self._with_training_text(candidate)
 
     def _with_report(self, candidate: Candidate) -> Candidate:
         report = self._reports.find(candidate.keys, patient=candidate.patient)

@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from client.cohort.errors import CohortSettingsError
 from client.cohort.workers import SECONDS_PER_FILE
 from client.reports.settings import ReportSettings
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 1024
+CohortModality = Literal["pairs", "images", "texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class CohortSettings:
         table: CSV with the columns image, text, patient_id and perhaps split.
         where: Keep only the rows of ``table`` with these values, column by column.
         labels: CSV of labels beside the reports or the table.
+        modality: What a row is: a pair, or an image or a text by itself, beside what is black, or empty.
         label_reports: Whether texts are read for labels of the findings for which the source brings none.
         findings: YAML of the findings to read them for; by default those of ``client.text``.
         image_size: Side of the packed square images, in pixels.
@@ -45,6 +48,7 @@ class CohortSettings:
     table: Path | None = None
     where: Mapping[str, str] = field(default_factory=dict)
     labels: Path | None = None
+    modality: CohortModality = "pairs"
     label_reports: bool = False
     findings: Path | None = None
     image_size: int = 224
@@ -62,6 +66,8 @@ class CohortSettings:
             raise CohortSettingsError("expected cohort.reports only with cohort.dicom")
         if self.where and self.table is None:
             raise CohortSettingsError("expected cohort.where only with cohort.table")
+        if self.modality == "texts" and self.table is None:
+            raise CohortSettingsError("expected cohort.modality 'texts' only with cohort.table")
         if self.findings is not None and not self.label_reports:
             raise CohortSettingsError("expected cohort.findings only with cohort.label_reports")
         if not MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE:

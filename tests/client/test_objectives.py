@@ -25,6 +25,7 @@ from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError, UnsoundTraining
 from privacy.mechanism import AnchoredDpSgd, MicrobatchDpSgd
 from privacy.noise import GaussianNoise
+from privacy.noisy_sums import Modality
 from privacy.probes import refuse_coupling
 from strategies.messages import TrainingPlan
 from tests.encoders.micro import EMBEDDING, micro_encoder
@@ -302,6 +303,30 @@ def test_prototypes_pass_the_probes(heads: TrainablePart, loss: str, soft: bool)
     anchors = replace(anchors_of(), prototypes=prototypes_of())
     made = objective_of(heads, data, anchors, plan_of(objective="anchored", loss=loss))
     refuse_coupling(heads.module, made.losses, made.made_up())
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_one_side_alone_passes_the_probes_and_leaves_the_other(
+    heads: TrainablePart, modality: Modality, loss: str
+) -> None:
+    data = replace(with_prototypes(random_data([0, 1, 1], soft=True)), modalities=(modality,))
+    anchors = replace(anchors_of(), prototypes=prototypes_of())
+    made = objective_of(heads, data, anchors, plan_of(objective="anchored", loss=loss))
+    refuse_coupling(heads.module, made.losses, made.made_up())
+    batch = made.batch(list(rows_by_patient(data.patients)), sampling=np.random.default_rng(0))
+    found = engine_maker()(heads.module, made.losses).clipped_sum(batch, max_grad_norm=BOUND)
+    moved = {name for name, value in found.items() if value.any()}
+    assert moved == {"visual_projection.weight" if modality == "image" else "text_projection.weight"}
+
+
+@pytest.mark.parametrize(("objective", "soft"), [("microbatch", True), ("anchored", False)])
+def test_one_side_alone_needs_prototypes_to_belong_to(
+    heads: TrainablePart, objective: str, soft: bool
+) -> None:
+    data = replace(random_data([0, 1], soft=soft), modalities=("text",))
+    with pytest.raises(UnsoundTraining, match="trained towards prototypes alone"):
+        objective_of(heads, data, anchors_of(), plan_of(objective=objective))
 
 
 @pytest.mark.parametrize("soft", [True, False])

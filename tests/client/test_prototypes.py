@@ -14,6 +14,7 @@ from encoders.fitting import Pairs
 from encoders.parts import trainable_part
 from privacy.accounting import epsilon
 from privacy.noise import GaussianNoise
+from privacy.noisy_sums import Modality
 from privacy.prototypes import PrototypeRelease
 from strategies.messages import PROTOTYPE_SUMS, PrototypePlan
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
@@ -79,6 +80,24 @@ def test_a_site_without_labels_takes_part_with_noise_alone() -> None:
         noise=GaussianNoise(insecure_seed=0),
     )
     assert update[PROTOTYPE_SUMS].std() == pytest.approx(1.0, rel=0.2)
+
+
+@pytest.mark.parametrize(("modality", "absent"), [("image", 1), ("text", 0)])
+def test_of_a_side_that_is_not_there_a_release_is_noise_alone(modality: Modality, absent: int) -> None:
+    update = release_prototypes(
+        PART,
+        PAIRS,
+        patients=PATIENTS,
+        labels=LABELS,
+        findings=FINDINGS,
+        modalities=(modality,),
+        mechanism=mechanism(),
+        noise=GaussianNoise(insecure_seed=0),
+    )[PROTOTYPE_SUMS]
+    assert np.abs(update[absent]).max() < 1e-2
+    assert update[1 - absent, 0, -1] == pytest.approx(
+        sums(list(range(len(TEXTS))))[1 - absent, 0, -1], abs=1e-2
+    )
 
 
 @pytest.fixture

@@ -204,7 +204,22 @@ def test_a_site_lacks_what_it_is_said_to_lack(table: Path, tmp_path: Path) -> No
     assert labelled(whole) == len(np.unique(whole.patients))
 
 
-@pytest.mark.parametrize("missing", [{"reports": 1.0}, {"images": 1.0}, {"reports": 0.5, "images": 0.5}])
+@pytest.mark.parametrize(("missing", "modality"), [("reports", "images"), ("images", "texts")])
+def test_a_site_that_lacks_a_whole_side_keeps_the_other(
+    missing: str, modality: str, table: Path, tmp_path: Path
+) -> None:
+    found = cohorts(table, tmp_path, cut={"sites": 3}, missing={"site-2": {missing: 1.0}})
+    alone, whole = found["site-2"], found["site-3"]
+    assert Site.open(tmp_path / "sites" / "site-2").settings.cohort.modality == modality
+    assert len(np.unique(alone.patients)) in (13, 14)
+    assert any(alone.texts) == (modality == "texts")
+    assert bool(alone.images.any()) == (modality == "images")
+    assert labelled(alone) == len(np.unique(alone.patients))
+    assert all(whole.texts)
+    assert whole.images.any()
+
+
+@pytest.mark.parametrize("missing", [{"reports": 0.5, "images": 0.5}, {"reports": 1.0, "images": 0.5}])
 def test_a_site_without_any_pair_is_refused(missing: Mapping[str, float], table: Path) -> None:
     with pytest.raises(ValueError, match="this site would have no pair: let reports"):
         asked(table, missing={"site-1": missing})

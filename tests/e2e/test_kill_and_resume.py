@@ -90,9 +90,13 @@ class Parent:
 
 @pytest.fixture(scope="module")
 def parent() -> Iterator[Parent]:
+    yield from started_parent(rounds=ROUNDS)
+
+
+def started_parent(*, rounds: int) -> Iterator[Parent]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), str(ROUNDS)],
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(rounds)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -192,6 +196,14 @@ def round_seconds(root: Path) -> list[float]:
     rounds = [(after - before).total_seconds() for before, after in itertools.pairwise(times)]
     written = (root / "runs" / "small" / "report.html").stat().st_mtime - times[-1].timestamp()
     return [0.5, *rounds, written]
+
+
+def wait_for_round(root: Path, server_round: int) -> None:
+    with patience(f"round {server_round}"):
+        while not any(
+            (event["kind"], event.get("round")) == ("round_started", server_round) for event in events(root)
+        ):
+            time.sleep(0.001)
 
 
 def wait_for(root: Path, moment: int) -> None:

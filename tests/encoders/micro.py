@@ -27,7 +27,7 @@ def micro_tokenizer() -> TextTokenizer:
     return TextTokenizer.parse({**train_vocabulary(TEXTS * 2, size=560), "max_tokens": MAX_TOKENS})
 
 
-def micro_encoder(*, seed: int = 0, spread: float = 0.2) -> ClipEncoder:
+def micro_encoder(*, seed: int = 0, spread: float = 0.2, image_size: int = IMAGE_SIZE) -> ClipEncoder:
     """Weights are moved far from their start, so that no bias is zero and no two inputs embed alike."""
     tokenizer = micro_tokenizer()
     tower = {
@@ -46,7 +46,7 @@ def micro_encoder(*, seed: int = 0, spread: float = 0.2) -> ClipEncoder:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.eos_token_id,
         },
-        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 16},
+        vision_config={**tower, "image_size": image_size, "patch_size": 16},
         projection_dim=EMBEDDING,
     )
     model = CLIPModel._from_config(config, attn_implementation="eager").eval()
@@ -55,7 +55,7 @@ def micro_encoder(*, seed: int = 0, spread: float = 0.2) -> ClipEncoder:
         for value in model.parameters():
             value.copy_(spread * torch.randn(value.shape, generator=generator) + (value.ndim == 1))
         model.logit_scale.fill_(2.0)
-    return ClipEncoder(model=model, tokenizer=tokenizer, preprocessing=Preprocessing(image_size=IMAGE_SIZE))
+    return ClipEncoder(model=model, tokenizer=tokenizer, preprocessing=Preprocessing(image_size=image_size))
 
 
 def random_images(count: int, *, size: int = IMAGE_SIZE, seed: int = 0) -> NDArray[np.uint8]:

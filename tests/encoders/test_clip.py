@@ -276,3 +276,20 @@ def test_another_version_of_the_description_is_refused(version: int | None) -> N
     encoder = micro_encoder()
     with pytest.raises(EncoderError, match=f"expected model description version 1, got {version}"):
         ClipEncoder.parse({**encoder.describe(), "version": version}, encoder.weights())
+
+
+def test_another_width_leaves_the_towers_and_draws_the_projections_anew() -> None:
+    encoder = micro_encoder()
+    assert encoder.of_width(encoder.width, seed=1) is encoder
+    wider = encoder.of_width(24, seed=1)
+    again = ClipEncoder.parse(wider.describe(), wider.weights())
+    before, after = encoder.weights(), wider.weights()
+    assert wider.image_embeddings(random_images(2)).shape == (2, 24)
+    assert np.array_equal(wider.text_embeddings(["a"]), again.text_embeddings(["a"]))
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == {
+        "visual_projection.weight",
+        "text_projection.weight",
+    }
+    assert np.array_equal(
+        after["visual_projection.weight"], encoder.of_width(24, seed=1).weights()["visual_projection.weight"]
+    )

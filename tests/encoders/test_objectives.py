@@ -17,6 +17,7 @@ from encoders.objectives import (
     anchored_sigmoid_loss,
     grouped_infonce_loss,
     infonce_loss,
+    prototype_loss,
     same_meaning,
     soft_positives,
     text_similarity,
@@ -521,3 +522,63 @@ def test_the_same_words_mean_the_same_and_other_words_do_not() -> None:
 
 def test_no_texts_match_nothing() -> None:
     assert same_meaning([], ["clear lungs"]).shape == (0, 1)
+
+
+# --- without a partner --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_what_has_no_partner_is_drawn_to_where_it_belongs(bias: float | None) -> None:
+    rows, anchors = units(BATCH, 1).double(), units(BANK, 2).double()
+    masked = torch.zeros(BATCH, BANK, dtype=torch.bool)
+    masked[:, 3] = True
+    positives = torch.zeros(BATCH, BANK, dtype=torch.double)
+    positives[:, 1], positives[:, 4], positives[:, 3] = 1.0, 0.5, 1.0
+    found = prototype_loss(
+        rows, anchors=anchors, masked=masked, positives=positives, inverse_temperature=10.0, logit_bias=bias
+    )
+    seen = [column for column in range(BANK) if column != 3]
+    for row, loss in zip(rows, found, strict=True):
+        logits = (10.0 * anchors @ row + (bias or 0.0)).numpy()
+        if bias is None:
+            expected = np.log(np.exp(logits[seen]).sum()) - (logits[1] + 0.5 * logits[4]) / 1.5
+        else:
+            shares = positives[0].numpy()
+            expected = -sum(
+                shares[k] * log_sigmoid(logits[k]) + (1 - shares[k]) * log_sigmoid(-logits[k]) for k in seen
+            )
+        assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_belongs_nowhere_pulls_nowhere() -> None:
+    rows = units(2, 1).requires_grad_()
+    nothing = torch.zeros(2, BANK)
+    loss = prototype_loss(
+        rows, anchors=units(BANK, 2), masked=nothing > 0, positives=nothing, inverse_temperature=10.0
+    )
+    (reached,) = torch.autograd.grad(loss.sum(), rows)
+    assert not loss.detach().any()
+    assert not reached.any()
+
+
+def test_without_a_partner_a_loss_depends_on_its_own_row_alone() -> None:
+    rows = units(BATCH, 1).requires_grad_()
+    positives = torch.rand(BATCH, BANK, generator=torch.Generator().manual_seed(3))
+    losses = prototype_loss(
+        rows, anchors=units(BANK, 2), masked=positives < 0.2, positives=positives, inverse_temperature=10.0
+    )
+    for number, loss in enumerate(losses):
+        (reached,) = torch.autograd.grad(loss, rows, retain_graph=True)
+        assert [int(row) for row in reached.abs().sum(1).nonzero()] == [number]
+
+
+def test_a_prototype_with_gradient_is_refused() -> None:
+    nothing = torch.zeros(2, BANK)
+    with pytest.raises(ValueError, match="under no_grad"):
+        prototype_loss(
+            units(2, 1),
+            anchors=units(BANK, 2).requires_grad_(),
+            masked=nothing > 0,
+            positives=nothing,
+            inverse_temperature=10.0,
+        )

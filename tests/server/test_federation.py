@@ -317,6 +317,33 @@ def test_a_share_of_which_nothing_is_left_is_refused(share: dict[str, Any], mess
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prototypes": None}, r"needs a table \[prototypes\]"),
+        ({"training": {"rounds": 1}}, "needs training.rounds of at least 2"),
+        ({"strategy": {"name": "fedadam"}}, "needs strategy.name = 'fedavg'"),
+        ({"strategy": {"late": "stale"}}, "needs strategy.late = 'drop'"),
+        ({"evaluation": {"stop-after": 1}, "simulation": {"sites": "."}}, "needs evaluation.stop-after = 0"),
+        ({"share": {"part": "prototypes", "keep": ["norms"]}}, "remove share.keep"),
+        ({"privacy": {"mode": "none"}, "objective": {"name": "infonce"}}, "released with privacy"),
+    ],
+)
+def test_prototypes_alone_go_with_what_they_can(changes: dict[str, Any], message: str) -> None:
+    document = {
+        "version": 1,
+        "name": "a",
+        "privacy": {"epsilon": 8.0},
+        "share": {"part": "prototypes"},
+        "prototypes": {},
+    }
+    plan = Federation.parse(document, source="test").plan()
+    assert (plan.shares_weights, plan.prototype_releases) == (False, plan.rounds - 1)
+    changed = {key: value for key, value in {**document, **changes}.items() if value is not None}
+    with pytest.raises(SettingsError, match=message):
+        Federation.parse(changed, source="test")
+
+
 def test_prototypes_are_private_anchors_or_none() -> None:
     document = {"version": 1, "name": "a", "prototypes": {}, "privacy": {"mode": "none"}}
     with pytest.raises(SettingsError, match="prototypes are anchors that are released with privacy"):

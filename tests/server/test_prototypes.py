@@ -62,6 +62,13 @@ def test_a_mean_of_many_sites_counts_as_all_of_them() -> None:
     assert total.facts()["sites"] == 3
 
 
+def test_where_nobody_has_released_every_concept_is_its_prompt() -> None:
+    total = PrototypeSum(prototypes())
+    assert np.array_equal(total.bank({}).image, np.eye(WIDTH))
+    assert np.array_equal(total.bank({}).text, np.eye(WIDTH))
+    assert total.facts()["used"] == {"image": 0, "text": 0}
+
+
 def test_a_concept_with_enough_patients_is_a_direction_and_another_its_prompt() -> None:
     total = PrototypeSum(prototypes())
     total.fold("a", released((0, 1, 1000.0), (1, 0, 1.0)), weight=1.0)

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tasks.concepts import Concept, concept_prompts, finding_concepts, members_by_labels, members_by_reports
+from tasks.concepts import (
+    Concept,
+    concept_prompts,
+    finding_concepts,
+    members_by_labels,
+    members_by_reports,
+    named_concepts,
+)
 from tasks.embeddings import EvaluationError
 from tasks.prompts import prompts_for
 
@@ -72,3 +79,10 @@ def test_a_concepts_prompt_is_the_direction_of_the_mean_sentence() -> None:
 def test_prompts_that_are_no_unit_vectors_are_refused() -> None:
     with pytest.raises(EvaluationError, match="prompts for 'effusion present'"):
         concept_prompts(CONCEPTS, lambda texts: np.zeros((len(texts), 4), dtype=np.float32))
+
+
+def test_a_concept_is_found_by_its_name() -> None:
+    assert named_concepts([concept.name for concept in CONCEPTS]) == CONCEPTS
+    for name in ("effusion", "effusion perhaps", "", " present"):
+        with pytest.raises(EvaluationError):
+            named_concepts([name])

@@ -54,6 +54,28 @@ def test_every_row_ends_somewhere(table: Path) -> None:
     assert len(ImageTable(table)) == 7
 
 
+def test_images_alone_need_no_text_and_texts_alone_no_image(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 9, dtype=np.uint8)).save(tmp_path / "a.png")
+    images, texts = tmp_path / "images.csv", tmp_path / "texts.csv"
+    images.write_text("image,patient_id,edema\na.png,p1,1\na.png,p1,1\nb.png,p2,0\n")
+    texts.write_text("text,patient_id,edema\nNormal.,p1,0\nNormal.,p2,0\n,p3,1\nEdema.,p4,1\n")
+    first, *others = outcomes(ImageTable(images, {}, "images"))
+    assert isinstance(first, Candidate)
+    assert (first.text, first.patient, first.labels) == ("", "p1", {"edema": 1.0})
+    assert [one.code for one in others if isinstance(one, Rejected)] == [
+        Code.E_DUPLICATE_ROW,
+        Code.E_FILE_MISSING,
+    ]
+    alone = ImageTable(texts, {}, "texts")
+    found = outcomes(alone)
+    assert [one.text for one in found if isinstance(one, Candidate)] == ["Normal.", "Normal.", "", "Edema."]
+    assert len({one.study for one in found if isinstance(one, Candidate)}) == 4
+    assert [line.split("\0")[0] for line in alone.stamps()] == ["texts.csv"]
+    rendered = alone.renderer(16)(texts)
+    assert isinstance(rendered, Rendered)
+    assert not rendered.pixels.any()
+
+
 def test_a_cell_that_can_be_no_files_name_names_none(tmp_path: Path) -> None:
     """A report with a stray quotation mark slips into the column of images whole."""
     path = tmp_path / "t.csv"
