@@ -121,7 +121,9 @@ def made_up_data(part: TrainablePart, *, like: TrainingData, patients: int, stud
     """Random pairs of so many patients, in the form of ``like`` and with nothing of it, always the same."""
     rng, rows, anchors = np.random.default_rng(0), patients * studies, like.masked.shape[1]
     size, device = part.encoder.preprocessing.image_size, like.masked.device
-    images = rng.integers(0, 256, size=(rows, size, size), dtype=np.uint8)
+    pixels = like.pairs.images.dtype == torch.uint8
+    channels = like.pairs.images.shape[3:] if pixels else ()
+    images = rng.integers(0, 256, size=(rows, size, size, *channels), dtype=np.uint8)
     texts = [" ".join(map(str, rng.integers(0, 1000, size=1 + row % 5))) for row in range(rows)]
     positives = torch.from_numpy(rng.random((rows, anchors), dtype=np.float32)).to(device)
     return TrainingData(

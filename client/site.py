@@ -37,6 +37,7 @@ class CohortTable(PairSource):
         patients_declared: The cohort's size as the site states it in public; never the exact count.
         image_size: Pixels images are packed at.
         ct_windows: Centre and width in Hounsfield units of what CT is shown by; without any, it is not read.
+            Two or three are the channels of what the model sees.
         test_fraction: Share of patients held out, where no split column says so.
         modality: ``pairs`` of an image and a report; or ``images`` without reports, or ``texts`` without
             images, which join concepts by their labels alone.
@@ -53,7 +54,7 @@ class CohortTable(PairSource):
 
     patients_declared: int = Field(ge=1)
     image_size: int = Field(default=224, ge=16, le=1024)
-    ct_windows: tuple[tuple[float, float], ...] = ()
+    ct_windows: tuple[tuple[float, float], ...] = Field(default=(), max_length=3)
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     modality: CohortModality = "pairs"
     label_reports: bool = False

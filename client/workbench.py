@@ -6,7 +6,7 @@ their own, with what was made for them; of sites as many as fit into a number of
 need no more memory than ten.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,15 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from client.batches import Rows, TrainingData
+from client.cohort import Cohort
 from client.cohort.settings import CohortModality
 from client.kept import kept
 from client.objectives import Anchors
 from client.site import packed_cohort
+from client.text.tokens import rules_of
 from client.training import OptimizerState
 from encoders.clip import ClipEncoder, build
 from encoders.fitting import Pairs
 from encoders.objectives import same_meaning, soft_positives, text_similarity
 from encoders.parts import TrainablePart, trainable_part
+from encoders.tokenizer import TextTokenizer, TokenisedTexts
 from privacy.noisy_sums import MODALITIES, Modality
 from strategies.bundles import BundleStore
 from strategies.messages import Arrays, Part, PublicBundle
@@ -151,13 +154,26 @@ def training_pairs(folder: Path, part: TrainablePart, modality: CohortModality =
         pairs=Pairs.of(
             part,
             cohort.images[rows[:1] if modality == "texts" else rows],
-            texts[:1] if modality == "images" else texts,
+            tokenised(cohort, rows[:1] if modality == "images" else rows, part.encoder.tokenizer),
         ),
         modalities={"pairs": MODALITIES, "images": ("image",), "texts": ("text",)}[modality],
         texts=texts,
         patients=cohort.patients[rows],
         labels={finding: values[rows] for finding, values in cohort.labels.items()},
     )
+
+
+def tokenised(cohort: Cohort, rows: Rows, tokenizer: TextTokenizer) -> Sequence[str]:
+    """The texts of ``rows``, with the token ids that the cohort holds if ``tokenizer`` would give the same.
+
+    It does if its vocabulary and its rules are those that the cohort was tokenised by; how long a text may be
+    and the prompt tokens at its start are the tokenizer's own.
+    """
+    texts = [cohort.texts[row] for row in rows]
+    if rules_of(tokenizer.hugging_face.backend_tokenizer) != cohort.tokens.rules:
+        return texts
+    pieces = [cohort.tokens[number] for number in cohort.text_ids[rows].tolist()]
+    return TokenisedTexts(texts=texts, pieces=pieces, tokenizer=tokenizer.digest)
 
 
 @kept(most_bytes=PAIRS_BYTES)

@@ -97,10 +97,12 @@ def cohort_build(
 
     Example: clipward cohort build demo/hospitals/site-1
     """
+    from client.cohort import CohortError
     from client.site import Site
     from clipward.console import errors_in_one_line, progress_bars
+    from strategies.settings import SettingsError
 
-    with errors_in_one_line(_expected()), progress_bars() as show:
+    with errors_in_one_line((CohortError, SettingsError, OSError)), progress_bars() as show:
         opened = Site.open(site)
         fetched = opened.fetch(on_progress=lambda done, total: show("fetch from the PACS", done, total))
         cohort = opened.cohort(on_progress=lambda done, total: show("read files", done // 2, total // 2))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,7 @@ def figures(cohort: "Cohort", *, rng: np.random.Generator) -> dict[str, Any]:
         "held_out": len(np.unique(cohort.patients[cohort.is_test])),
         "most_images": int(images_of.max()),
         "size": cohort.images.shape[1],
+        "channels": math.prod(cohort.images.shape[3:]),
         "pipeline": cohort.pipeline,
         "states": {state.value: count for state, count in cohort.counts.items()},
         "codes": [(code.value, count, code.meaning) for code, count in cohort.codes.items()],
@@ -128,9 +130,11 @@ def figures(cohort: "Cohort", *, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _grey(image: NDArray[np.uint8]) -> tuple[float, float, float]:
-    """Return mean and standard deviation of what is not padding, and the share of black."""
-    inside = image[np.ix_(image.any(axis=1), image.any(axis=0))]
-    return float(inside.mean()), float(inside.std()), float((image == 0).mean())
+    """Return mean and standard deviation of what is not padding, and the share of black; channels' means."""
+    channels = image.reshape(*image.shape[:2], -1)
+    shown = np.asarray(channels.max(axis=2) > 0)
+    inside = channels[np.ix_(shown.any(axis=1), shown.any(axis=0))]
+    return float(inside.mean()), float(inside.std(axis=(0, 1)).mean()), float((image == 0).mean())
 
 
 def _bars(values: NDArray[Any], starts: Sequence[float] | NDArray[Any]) -> list[dict[str, Any]]:
@@ -173,5 +177,7 @@ def _png(image: NDArray[np.uint8]) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
+    # Channels side by side, each as grey as it is seen: a colour is what no viewer of CT shows.
+    beside = image if image.ndim == 2 else np.concatenate(np.moveaxis(image, -1, 0), axis=1)
+    Image.fromarray(beside).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from client.cohort.errors import CohortSettingsError
 from client.cohort.image_table import ImageTable
 from client.cohort.outcomes import Rejected
 from client.cohort.sources import stamp
@@ -150,6 +151,11 @@ def pool(sites: Sequence[Path], out: Path) -> Path:
     rows: Rows = []
     for site in map(Site.open, sites):
         cohort, folder = site.cohort(), out / site.name
+        if cohort.images.ndim > 3:  # rows, and height and width of grey images
+            raise CohortSettingsError(
+                f"{site.name} shows CT windows as channels, and the images of a table are grey: "
+                "name one window in its cohort.ct-windows"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         for row, text in enumerate(cohort.texts):
             image = folder / f"{cohort.identity[:16]}-{row}.png"

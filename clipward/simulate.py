@@ -27,7 +27,7 @@ from clipward.public_start import Progress, evaluation_set, prepare_start
 from clipward.report import write_report
 from clipward.summary import summarise, write_summary
 from encoders.parts import TrainablePart
-from encoders.preprocessing import Preprocessing
+from encoders.preprocessing import Preprocessing, alike
 from server import checkpoints
 from server.app import coordinate
 from server.evaluation import EvaluationSet, evaluator
@@ -376,7 +376,7 @@ def _same_size(images: Sequence[NDArray[np.uint8]], *, resized: bool) -> NDArray
         images = [smallest.resize(packed) for packed in images]
     elif len(sizes) > 1:
         raise SettingsError(f"the sites pack images at different sizes {sorted(sizes)}: use one image-size")
-    return np.concatenate(images)
+    return np.concatenate(alike(images))
 
 
 def _export(part: TrainablePart, folder: Path) -> None:

@@ -108,7 +108,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def image_features(self, images: NDArray[np.uint8]) -> Tensor:
-        """Pooled output of the image tower before its projection, float32 (N, D_v), for uint8 (N, S, S)."""
+        """Pooled output of the image tower before its projection, float32 (N, D_v), of packed images."""
         resized = torch.from_numpy(self.preprocessing.resize(images))
         parts = torch.split(resized, EMBED_ROWS)
         return torch.cat(
@@ -125,7 +125,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def image_embeddings(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Unit vectors, float32 (N, D), of packed grey images, uint8 (N, S, S)."""
+        """Unit vectors, float32 (N, D), of packed images, uint8 (N, S, S) or (N, S, S, 3)."""
         embedded = F.normalize(self.model.visual_projection(self.image_features(images)), dim=-1)
         return embedded.cpu().numpy()
 
@@ -155,7 +155,7 @@ class ClipEncoder:
 
 
 def image_features(model: CLIPModel, preprocessing: Preprocessing, resized: Tensor) -> Tensor:
-    """Image tower on resized uint8 images (B, H, H): pooled output (B, D_v)."""
+    """Image tower on resized uint8 images (B, H, H) or (B, H, H, 3): pooled output (B, D_v)."""
     pooled: Tensor = model.vision_model(pixel_values=preprocessing.normalise(resized)).pooler_output
     return pooled
 

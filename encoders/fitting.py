@@ -1,6 +1,6 @@
 """Plain contrastive training without any privacy claim: public starts, and runs that chose no privacy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +30,8 @@ class Pairs:
     text_keys: Tensor
 
     @classmethod
-    def of(cls, part: TrainablePart, images: NDArray[np.uint8], texts: list[str]) -> "Pairs":
-        """Packed images uint8 (N, S, S) and their texts in the form ``part`` trains on.
+    def of(cls, part: TrainablePart, images: NDArray[np.uint8], texts: Sequence[str]) -> "Pairs":
+        """Packed images and their texts in the form ``part`` trains on.
 
         One image, or one text, stands for all of them; it is worked out once and takes no room.
         """

@@ -69,7 +69,7 @@ class TrainablePart(ABC):
 
     @abstractmethod
     def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What the module wants for packed images uint8 (N, S, S) and texts: two tensors of N rows."""
+        """What the module wants for packed images and their texts: two tensors of N rows."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The part's parameters by the name under which they travel."""
@@ -125,7 +125,7 @@ class TrainablePart(ABC):
 
 
 class _Towers(Module):
-    """Both towers from resized images (B, H, H) uint8 and token ids (B, L)."""
+    """Both towers from resized images, uint8 (B, H, H) or (B, H, H, 3), and token ids (B, L)."""
 
     def __init__(self, model: CLIPModel, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class FullPart(TrainablePart):
         return name != "logit_scale"
 
     def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Resized images, uint8 (N, H, H), and token ids, int64 (N, L)."""
+        """Resized images, uint8 (N, H, H) or (N, H, H, 3), and token ids, int64 (N, L)."""
         resized = torch.from_numpy(self.encoder.preprocessing.resize(images))
         return resized.to(self.encoder.device), self.encoder.tokenizer(texts).to(self.encoder.device)
 

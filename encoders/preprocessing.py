@@ -1,7 +1,8 @@
-"""Packed grey images to what the image tower sees; its identity travels with the model."""
+"""Packed images to what the image tower sees; its identity travels with the model."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -15,11 +16,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from encoders.errors import EncoderError
 
 CHANNELS = 3
+GREY_DIMENSIONS = 3  # of a stack of images: (N, S, S)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize a square grey image and normalise it, in CLIP's way.
+    """Resize a square image and normalise it, in CLIP's way.
+
+    An image is grey, (S, S), and then the same in every channel of the input; or it brings the channels,
+    (S, S, 3), as CT windows are packed.
 
     Guarantees:
         Equal to what the exported model's ``CLIPProcessor`` does to the same image.
@@ -64,21 +69,25 @@ class Preprocessing:
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     def resize(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Square grey images, uint8 (N, S, S), at the model's size, uint8 (N, H, H)."""
-        size = self.image_size
-        if images.ndim != 3 or images.shape[1] != images.shape[2]:
-            raise EncoderError(f"expected square grey images of shape (N, S, S), got {images.shape}")
+        """Square images, uint8 (N, S, S) or (N, S, S, 3), at the model's size, (N, H, H) or (N, H, H, 3)."""
+        size, channels = self.image_size, images.shape[3:]
+        if images.ndim < 3 or images.shape[1] != images.shape[2] or channels not in ((), (CHANNELS,)):
+            raise EncoderError(
+                f"expected square images of shape (N, S, S) or (N, S, S, {CHANNELS}), got {images.shape}"
+            )
         if images.shape[1] == size:
             return np.array(images)
-        resized = np.empty((len(images), size, size), dtype=np.uint8)
+        resized = np.empty((len(images), size, size, *channels), dtype=np.uint8)
         for row, image in enumerate(images):
             scaled = Image.fromarray(image).resize((size, size), Image.Resampling(self.resample))
             resized[row] = np.asarray(scaled)
         return resized
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Resized images, uint8 (B, H, H), as float32 pixel values (B, 3, H, H)."""
-        scaled = images.to(torch.float32).div(255).unsqueeze(-3)
+        """Resized images, uint8 (B, H, H) or (B, H, H, 3), as float32 pixel values (B, 3, H, H)."""
+        channels = images.unsqueeze(-3) if images.ndim == GREY_DIMENSIONS else images.movedim(-1, -3)
+        # Contiguous: Opacus' convolution reads memory as channels first, whatever the strides say.
+        scaled = channels.contiguous().to(torch.float32).div(255)
         shape = (CHANNELS, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(shape)
         std = torch.tensor(self.std, device=images.device).view(shape)
@@ -116,3 +125,14 @@ class Preprocessing:
             std=tuple(processor.image_std),
             resample=int(processor.resample),
         )
+
+
+def with_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (N, S, S) or (N, S, S, 3) as (N, S, S, 3), which the tower sees alike: grey is repeated."""
+    return images if images.ndim > GREY_DIMENSIONS else np.repeat(images[..., None], CHANNELS, axis=-1)
+
+
+def alike(stacks: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Stacks of images, all with channels where one of them has, else all grey."""
+    mixed = any(images.ndim > GREY_DIMENSIONS for images in stacks)
+    return [with_channels(images) if mixed else images for images in stacks]

@@ -3,11 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
-from typing import Any, Self
+from typing import Any, Self, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
@@ -20,6 +23,35 @@ from encoders.errors import EncoderError
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 VOCABULARY = "radiology_bpe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedTexts(Sequence[str]):
+    """Texts of which one tokenizer's pieces are known; to any other they are texts.
+
+    Attributes:
+        texts: N of them.
+        pieces: Ids of each one's pieces, without start and end, however many.
+        tokenizer: The digest of the `TextTokenizer` that would cut them so.
+    """
+
+    texts: Sequence[str]
+    pieces: Sequence[NDArray[np.int32]]
+    tokenizer: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "TokenisedTexts": ...
+
+    def __getitem__(self, place: int | slice) -> "str | TokenisedTexts":
+        if isinstance(place, slice):
+            return replace(self, texts=self.texts[place], pieces=self.pieces[place])
+        return self.texts[place]
 
 
 class TextTokenizer:
@@ -112,6 +144,8 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64, shape (B, L), L the longest text's length, at most ``max_tokens``."""
+        if isinstance(texts, TokenisedTexts) and texts.tokenizer == self.digest:
+            return self._assembled(texts.pieces)
         encoded = self.hugging_face(
             list(texts),
             padding=True,
@@ -122,6 +156,21 @@ class TextTokenizer:
         )
         ids: Tensor = encoded["input_ids"]
         return ids.to(torch.int64)
+
+    def _assembled(self, pieces: Sequence[NDArray[np.int32]]) -> Tensor:
+        """What the texts with these pieces are encoded as."""
+        first = self.vocabulary_size - self.prompt_tokens
+        start = [int(self.hugging_face.bos_token_id), *range(first, self.vocabulary_size)]
+        room = self.max_tokens - len(start) - 1
+        lengths = [min(len(each), room) for each in pieces]
+        width = len(start) + max(lengths) + 1
+        ids = np.full((len(pieces), width), int(self.hugging_face.pad_token_id), dtype=np.int64)
+        ids[:, : len(start)] = start
+        for row, each, length in zip(ids, pieces, lengths, strict=True):
+            end = len(start) + length
+            row[len(start) : end] = each[:length]
+            row[end] = self.eos_token_id
+        return torch.from_numpy(ids)
 
 
 def train_vocabulary(texts: Iterable[str], *, size: int) -> dict[str, Any]:

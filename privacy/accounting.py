@@ -10,7 +10,6 @@ from functools import lru_cache
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from opacus.accountants import RDPAccountant as OpacusRdpAccountant
 
 from privacy.errors import AccountantDisagreement, NoiseOutOfRange
 
@@ -233,6 +232,9 @@ def _google_rdp_epsilon(merged: tuple[PoissonGaussian, ...], delta: float) -> fl
 
 
 def _opacus_rdp_epsilon(merged: tuple[PoissonGaussian, ...], delta: float) -> float:
+    # Imported here: it brings torch, and who only reads a hospital's files opens the ledger too.
+    from opacus.accountants import RDPAccountant as OpacusRdpAccountant
+
     accountant = OpacusRdpAccountant()
     accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in merged]
     with warnings.catch_warnings():

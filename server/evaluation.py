@@ -19,7 +19,7 @@ class EvaluationSet:
     """Image-text pairs to measure on: N rows.
 
     Attributes:
-        images: Packed grey images, uint8, shape (N, S, S).
+        images: Packed images, uint8, shape (N, S, S) or (N, S, S, 3).
         texts: Their texts.
         labels: Finding to float32, shape (N,); NaN is unknown. Empty: no zero-shot figures.
     """

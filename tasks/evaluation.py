@@ -15,7 +15,7 @@ class Embedder(Protocol):
     """A model as the tasks see it: two towers into one space, in evaluation mode."""
 
     def image_embeddings(self, images: NDArray[np.uint8]) -> EmbeddingArray:
-        """Embed grayscale images, shape (N, S, S), as L2-normalised rows, shape (N, D)."""
+        """Embed packed images, shape (N, S, S) or (N, S, S, 3), as L2-normalised rows, shape (N, D)."""
         ...
 
     def text_embeddings(self, texts: Sequence[str]) -> EmbeddingArray:
@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         embedder: The model.
-        images: Grayscale, shape (N, S, S).
+        images: Packed, shape (N, S, S), or (N, S, S, 3) with channels.
         texts: The report of each image, N of them.
         labels: For each finding 1 present, 0 absent, NaN unknown, shape (N,); empty when nothing is labelled.
 

@@ -92,7 +92,7 @@ def build_cohort(
         if stored_fingerprint(out) == fingerprint:
             return open_cohort(out)
         restore_scan(out)
-        with CohortWriter(out, image_size=settings.image_size, key=settings.key) as writer:
+        with CohortWriter(out, image_shape=settings.image_shape, key=settings.key) as writer:
             progress = _Progress(2 * len(source), on_progress)
             with ScanIndex(out / SCAN, root=_root(settings)) as index:
                 about = _pack(settings, fingerprint, source, pool.map, index, writer, progress)
@@ -282,7 +282,8 @@ def _header_rules(settings: CohortSettings) -> str:
 
 
 def _display_rules(settings: CohortSettings) -> str:
-    return json.dumps([PIPELINE, settings.image_size, settings.ct_windows, _decoders()])
+    channels = settings.image_shape[2:]  # none where images are grey, whose rules are those of before
+    return json.dumps([PIPELINE, settings.image_size, settings.ct_windows, _decoders(), *channels])
 
 
 @cache

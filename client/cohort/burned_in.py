@@ -29,8 +29,14 @@ _TOUCHING = np.ones((3, 3), dtype=bool)
 
 
 def has_text(image: NDArray[np.uint8]) -> bool:
-    """Return whether an image, shape (S, S), looks as if it had writing near its border."""
-    levels = image.astype(np.int16)
+    """Return whether an image, (S, S), or a channel of (S, S, C), looks as if written on near its border."""
+    channels = np.moveaxis(image.reshape(*image.shape[:2], -1), -1, 0)
+    differ = np.ptp(channels, axis=0).any()  # those of an image that is no CT do not
+    return any(map(_has_writing, channels if differ else channels[:1]))
+
+
+def _has_writing(grey: NDArray[np.uint8]) -> bool:
+    levels = grey.astype(np.int16)
     size = (STROKE_PIXELS, STROKE_PIXELS)
     bright = levels - ndimage.grey_opening(levels, size)
     dark = ndimage.grey_closing(levels, size) - levels

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
 from client.cohort import pixels
 from client.cohort.outcomes import Code, RefusedError, State
 from client.cohort.pixels import Frame, decode, frame_count
-from client.cohort.resizing import Grey, Grey8, Grey16, fit_square, shrink, shrink_frame
+from client.cohort.resizing import Grey, Grey8, Grey16, fit_square, is_blank, shrink, shrink_frame
 
 _SHOWN = (
     "PhotometricInterpretation",
@@ -35,7 +35,10 @@ _SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroup
 KEYWORDS = (*pixels.KEYWORDS, *_SHOWN, _SHARED, _PER_FRAME, "SOPClassUID")
 CT_CLASSES = frozenset({CTImageStorage, EnhancedCTImageStorage})
 
+T = TypeVar("T")
 Transformation: TypeAlias = Callable[[NDArray[Any]], Grey]
+
+CHANNELS = 3  # of an image tower's input
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, what RGB to YBR_FULL uses in DICOM
 _FALLBACK_PERCENTILES = (0.5, 99.5)
@@ -84,7 +87,7 @@ def display_image(
     ct_windows: Sequence[Window] = (),
     bits: Literal[8, 16] = 8,
 ) -> tuple[Grey8 | Grey16, list[Code]]:
-    """Turn a data set into the square grey image that is packed.
+    """Turn a data set into the square image that is packed.
 
     Guarantees:
         Modality LUT, then VOI LUT or window, then inversion for MONOCHROME1 or INVERSE exactly once; grey
@@ -97,13 +100,14 @@ def display_image(
         dataset: Holds the attributes of ``KEYWORDS``, as far as the file has them.
         size: Side S of the result, in pixels.
         index: Which of several VOI LUTs or windows, from 0; the first where there are fewer.
-        ct_windows: In Hounsfield units. A CT image becomes the mean of what each of them shows: darker stays
-            darker, and every window keeps its contrast divided by their number. Empty, its own window counts.
+        ct_windows: In Hounsfield units. A CT image is shown by them instead of by its own window. One leaves
+            it grey; of more, each is a channel, in their order, see `channels`.
         bits: 8, or 16 for uses other than packing. A window has chosen the range by then, so 8 bit round by
             at most 0.2 % of what a radiologist would see; an image tower starts from 8 bit anyway.
 
     Returns:
-        Grey levels, shape (S, S), and the remarks made on the way.
+        Grey levels, and the remarks made on the way. Their shape is (S, S), or (S, S, 3) where ``ct_windows``
+        ask for channels: every image then has them, and in those of one that is no CT they are equal.
 
     Raises:
         RefusedError: The image is blank, truncated or too large, or a CT image lacks its Hounsfield units.
@@ -115,14 +119,22 @@ def display_image(
     frame = decode(dataset, longer_side=size if _is_linear(shown) else None)
     if frame.values.ndim == 3:
         grey = shrink_frame(frame, lambda colours: _unit(colours @ _LUMA, frame.top), size=size)
-        return fit_square(grey, size=size, bits=bits), []
+        return _packed(grey, ct_windows, size=size, bits=bits), []
     pipeline = _Pipeline(shown, frame, size)
     is_ct = dataset.get("SOPClassUID") in CT_CLASSES
-    for voi, remarks in pipeline.transformations(index, ct_windows if is_ct else ()):
-        grey = pipeline.apply(voi)
-        if grey.min() != grey.max():
-            return fit_square(grey, size=size, bits=bits), remarks
+    for each, remarks in pipeline.transformations(index, ct_windows if is_ct else ()):
+        image = _stacked([pipeline.apply(voi) for voi in each])
+        if not is_blank(image):
+            return _packed(image, ct_windows, size=size, bits=bits), remarks
     raise RefusedError(State.QUARANTINED, Code.E_BLANK)
+
+
+def channels(ct_windows: Sequence[T]) -> Sequence[T]:
+    """Return the window of each channel of an image: none or one where it is grey, else three.
+
+    Of two windows the second is shown twice: no channel is empty, and none mixes what was asked for.
+    """
+    return (*ct_windows, *ct_windows[-1:])[:CHANNELS] if len(ct_windows) > 1 else ct_windows
 
 
 def grey_image(values: NDArray[Any], *, size: int) -> tuple[Grey8, list[Code]]:
@@ -134,6 +146,17 @@ def grey_image(values: NDArray[Any], *, size: int) -> tuple[Grey8, list[Code]]:
     window = _percentile_window(_sample(values))
     grey = window.apply(shrink(values.astype(np.float32), size=size))
     return fit_square(grey, size=size), [Code.W_WINDOW_FALLBACK]
+
+
+def _stacked(shown: Sequence[Grey]) -> Grey:
+    return shown[0] if len(shown) == 1 else np.stack(shown, axis=-1)
+
+
+def _packed(image: Grey, ct_windows: Sequence[Window], *, size: int, bits: Literal[8, 16]) -> Grey8 | Grey16:
+    """Return the square of an image, with channels where the cohort has them."""
+    if len(ct_windows) > 1 and image.ndim == 2:
+        image = np.stack([image] * CHANNELS, axis=-1)
+    return fit_square(image, size=size, bits=bits)
 
 
 def _of_frame(dataset: Dataset) -> Dataset:
@@ -169,21 +192,24 @@ class _Pipeline:
 
     def transformations(
         self, index: int, ct_windows: Sequence[Window]
-    ) -> Iterator[tuple[Transformation, list[Code]]]:
-        """Yield what maps modality values to display values, the file's own wish before what always works."""
+    ) -> Iterator[tuple[Sequence[Transformation], list[Code]]]:
+        """Yield what maps modality values to display values, the file's own wish before what always works.
+
+        There is one map for each channel.
+        """
         if ct_windows:
             if _number(self.shown, "RescaleIntercept") is None or self.shown.get("RescaleType", "HU") != "HU":
                 raise RefusedError(State.QUARANTINED, Code.E_TAG_MISSING, "RescaleIntercept")
-            yield lambda values: np.mean([each.apply(values) for each in ct_windows], axis=0), []
+            yield [window.apply for window in channels(ct_windows)], []
             return
         tables = _items(self.shown, "VOILUTSequence")
         if tables:
             chosen = index if index < len(tables) else 0
             bits = int(tables[chosen].LUTDescriptor[2])  # PS3.3 C.11.2.1.1
-            yield lambda values: _unit(apply_voi(values, self.shown, index=chosen), 2**bits - 1), []
+            yield [lambda values: _unit(apply_voi(values, self.shown, index=chosen), 2**bits - 1)], []
         elif (window := _stored_window(self.shown, index)) is not None:
-            yield window.apply, []
-        yield self._percentiles().apply, [Code.W_WINDOW_FALLBACK]
+            yield [window.apply], []
+        yield [self._percentiles().apply], [Code.W_WINDOW_FALLBACK]
 
     def apply(self, voi: Transformation) -> Grey:
         """Return display values in [0, 1], reduced."""

@@ -109,7 +109,7 @@ class Rejected:
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """An image as it is packed: uint8, shape (S, S), the remarks made on the way, and a key to find it by."""
+    """An image as it is packed, uint8, (S, S) or (S, S, 3); the remarks made on it; a key to find it by."""
 
     pixels: NDArray[np.uint8]
     remarks: Sequence[Code] = ()

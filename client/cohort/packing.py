@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn, Self
@@ -31,6 +32,7 @@ from client.cohort.packed_images import IMAGES, KEYS, NO_KEY, PackedImages
 from client.cohort.scan_index import SCAN, SCAN_FILES
 from client.cohort.store import MANIFEST, QUARANTINE, VERSION
 from client.cohort.tables import plain
+from client.cohort.token_file import TOKENS, write_tokens
 from client.text.keys import KEY_DIGITS, text_key
 from strategies.files import sync
 
@@ -41,7 +43,7 @@ _NO_FAULT = frozenset({State.IGNORED, State.DUPLICATE})
 # An image may be taken over from a packing that was killed only if the disk has it for certain.
 _BYTES_BETWEEN_SYNCS = 64 * 2**20
 _INDEX_BEFORE = "index.npz"  # of cohorts before version 4, which give way to a new one
-_FILES = {IMAGES, KEYS, INDEX, _INDEX_BEFORE, MANIFEST, QUARANTINE, *SCAN_FILES}
+_FILES = {IMAGES, KEYS, INDEX, TOKENS, _INDEX_BEFORE, MANIFEST, QUARANTINE, *SCAN_FILES}
 _DIGEST_BYTES, _PSEUDONYM_BYTES = 16, 32
 
 
@@ -88,12 +90,12 @@ class CohortWriter:
     is held in memory is some hundred bytes a row, texts and images not among them.
     """
 
-    def __init__(self, out: Path, *, image_size: int, key: bytes) -> None:
-        """Begin a cohort of images with ``image_size`` pixels; its identity is keyed with ``key``."""
+    def __init__(self, out: Path, *, image_shape: tuple[int, ...], key: bytes) -> None:
+        """Begin a cohort of images of shape (S, S) or (S, S, C); its identity is keyed with ``key``."""
         self._out = out
-        self._size = image_size
+        self._image_shape = image_shape
         self._left = _left_behind(out)
-        self.packed = PackedImages([out, *self._left], image_size=image_size)
+        self.packed = PackedImages([out, *self._left], shape=image_shape)
         self._folder = Path(tempfile.mkdtemp(prefix=_partial(out), dir=out.parent))  # mode 0700
         self._digest = hmac.new(key, digestmod="sha256")
         self._counts = Counter[State]()
@@ -127,15 +129,17 @@ class CohortWriter:
         remarks: Iterable[Code],
         key: bytes = NO_KEY,
     ) -> None:
-        """Add an input as the next row, with its image of shape (S, S).
+        """Add an input as the next row, with its image.
 
         Args:
             name: The input's.
             row: What it says.
-            pixels: Its image.
+            pixels: Its image, of the cohort's shape.
             remarks: On the input.
             key: By which the next build finds the image again.
         """
+        if pixels.shape != self._image_shape:
+            raise ValueError(f"expected an image of shape {self._image_shape}, got {pixels.shape}")
         data = pixels.tobytes()
         self._digest.update(data)
         self._images.write(data)
@@ -186,11 +190,14 @@ class CohortWriter:
         with _create(self._folder / INDEX) as file:
             Index(labels=labels, **arrays).write(file, facts=facts)
             _flush(file)
+        with _create(self._folder / TOKENS) as file:
+            write_tokens(file, _texts(arrays["texts"], arrays["text_ends"]), facts=facts)
+            _flush(file)
         manifest = {
             **facts,
             **asdict(about),
             "rows": len(self._columns),
-            "image_size": self._size,
+            "image_shape": self._image_shape,
             "counts": {state: self._counts[state] for state in State},
             "codes": dict(sorted(self._codes.items())),
             "text_rules": dict(sorted(self._columns.text_rules.items())),
@@ -258,7 +265,7 @@ class CohortWriter:
 
     def _write_header(self) -> None:
         # numpy pads the header so that its length does not change while the first axis grows.
-        shape = (len(self._columns), self._size, self._size)
+        shape = (len(self._columns), *self._image_shape)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._images, header)
 
@@ -400,6 +407,11 @@ def _partials(out: Path) -> list[Path]:
 
 def _partial(out: Path) -> str:
     return f".{out.name}.partial-"
+
+
+def _texts(texts: NDArray[np.uint8], ends: NDArray[np.int64]) -> Iterator[str]:
+    for start, end in pairwise([0, *ends.tolist()]):
+        yield texts[start:end].tobytes().decode()
 
 
 def _strings(fixed: bytearray, width: int) -> NDArray[np.bytes_]:

@@ -22,7 +22,7 @@ _KEPT_BYTES = 2**24
 def shrink(values: Grey, *, size: int) -> Grey:
     """Resize to a longer side of ``size`` pixels, aspect kept; reduced by area, enlarged bilinearly."""
     rows, columns = _target(values.shape, size)
-    if (rows, columns) == values.shape:
+    if (rows, columns) == values.shape[:2]:
         return values
     method = Image.Resampling.BOX if size < max(values.shape) else Image.Resampling.BILINEAR
     return np.asarray(Image.fromarray(values).resize((columns, rows), method), dtype=np.float32)
@@ -65,18 +65,31 @@ def fit_square(grey: Grey, *, size: int, bits: Literal[8, 16]) -> Grey8 | Grey16
 def fit_square(grey: Grey, *, size: int, bits: Literal[8, 16] = 8) -> Grey8 | Grey16:
     """Round grey values in [0, 1] to 8 or 16 bit in the middle of a black square of ``size`` pixels.
 
+    Args:
+        grey: Shape (H, W) of any size, or with channels (H, W, C) with a longer side of ``size``.
+        size: Side S of the square, in pixels.
+        bits: Of a grey level.
+
+    Returns:
+        Shape (S, S) or (S, S, C).
+
     Raises:
-        RefusedError: Every value is the same.
+        RefusedError: Every value is the same, in every channel.
     """
     grey = shrink(grey, size=size)
     levels = np.rint(grey * np.float32(2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
-    if levels.min() == levels.max():
+    if is_blank(levels):
         raise RefusedError(State.QUARANTINED, Code.E_BLANK)
-    height, width = levels.shape
+    height, width = levels.shape[:2]
     top, left = (size - height) // 2, (size - width) // 2
-    square = np.zeros((size, size), dtype=levels.dtype)
+    square = np.zeros((size, size, *levels.shape[2:]), dtype=levels.dtype)
     square[top : top + height, left : left + width] = levels
     return square
+
+
+def is_blank(image: NDArray[Any]) -> bool:
+    """Return whether no channel of an image, shape (H, W) or (H, W, C), shows anything."""
+    return bool((image.min(axis=(0, 1)) == image.max(axis=(0, 1))).all())
 
 
 @cache

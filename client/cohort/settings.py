@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from client.cohort.display import CHANNELS, channels
 from client.cohort.errors import CohortSettingsError
 from client.cohort.workers import SECONDS_PER_FILE
 from client.reports.settings import ReportSettings
@@ -29,8 +30,8 @@ class CohortSettings:
         findings: YAML of the findings to read them for; by default those of ``client.text``.
         image_size: Side of the packed square images, in pixels.
         ct_windows: Centre and width in Hounsfield units, such as (-600, 1500) for lungs and (40, 400) for
-            soft tissue. A slice becomes one grey image, the mean of what they show. Without any, CT is not
-            read.
+            soft tissue: what a slice is shown by. One gives a grey image; two or three are the channels of
+            every image, see ``client.cohort.display.channels``. Without any, CT is not read.
         test_fraction: Share of patients held out where no split column says so.
         merge: CSV with the columns patient_id and same_as: ids of one patient.
         seconds_per_file: Wall time after which a file is given up, in a process beside this one.
@@ -76,6 +77,11 @@ class CohortSettings:
             )
         if self.ct_windows and self.dicom is None:
             raise CohortSettingsError("expected cohort.ct_windows only with cohort.dicom")
+        if len(self.ct_windows) > CHANNELS:
+            raise CohortSettingsError(
+                f"expected at most {CHANNELS} windows in cohort.ct_windows, one for each channel of an "
+                f"image, got {len(self.ct_windows)}"
+            )
         for centre, width in self.ct_windows:
             if not (math.isfinite(centre) and 1 <= width < math.inf):
                 raise CohortSettingsError(f"expected a window in cohort.ct_windows, got {(centre, width)}")
@@ -91,6 +97,12 @@ class CohortSettings:
     def __repr__(self) -> str:
         source = "dicom" if self.table is None else "table"
         return f"CohortSettings(source={source!r}, image_size={self.image_size})"
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of a packed image: (S, S), or (S, S, 3) where CT windows are channels."""
+        count = len(channels(self.ct_windows))
+        return (self.image_size, self.image_size, *([count] if count > 1 else []))
 
     @property
     def report_settings(self) -> ReportSettings:

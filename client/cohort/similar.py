@@ -34,7 +34,8 @@ def perceptual_hashes(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return 63 bits of each image that hardly change with compression, brightness or size.
 
     Args:
-        images: Grey levels, shape (N, S, S) with S of at least 32 or dividing it, perhaps memory-mapped.
+        images: Grey levels, shape (N, S, S) or (N, S, S, C) with S of at least 32 or dividing it, perhaps
+            memory-mapped. Of channels the mean counts: a grey image has the hash it has without them.
 
     Returns:
         Hashes, shape (N,).
@@ -64,11 +65,11 @@ def packed_bits(frequencies: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 
 def thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return means of squares, shape (N, 32, 32); edges that do not fill a square are left out."""
+    """Return means of squares over all channels, shape (N, 32, 32), without edges that fill no square."""
     step = max(1, images.shape[1] // _THUMBNAIL)
     side = images.shape[1] // step
-    cut = images[:, : side * step, : side * step].reshape(len(images), side, step, side, step)
-    return np.asarray(cut.mean(axis=(2, 4), dtype=np.float32)[:, :_THUMBNAIL, :_THUMBNAIL])
+    cut = images[:, : side * step, : side * step].reshape(len(images), side, step, side, step, -1)
+    return np.asarray(cut.mean(axis=(2, 4, 5), dtype=np.float32)[:, :_THUMBNAIL, :_THUMBNAIL])
 
 
 def near_images(

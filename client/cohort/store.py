@@ -13,8 +13,9 @@ from client.cohort.errors import StoredCohortError
 from client.cohort.index_file import INDEX, MappedIndex
 from client.cohort.outcomes import Code, State
 from client.cohort.packed_images import IMAGES
+from client.cohort.token_file import TOKENS, MappedTokens
 
-VERSION = 4
+VERSION = 5
 MANIFEST, QUARANTINE = "cohort.json", "quarantine.csv"
 
 
@@ -26,11 +27,13 @@ class Cohort:
 
     Attributes:
         identity: Hex HMAC of the content under the site's salt: equal content, equal identity.
-        images: Grey levels, uint8, shape (N, S, S), memory-mapped read-only.
+        images: Grey levels, uint8, shape (N, S, S), memory-mapped read-only. With two or three CT windows
+            (N, S, S, 3): each channel shows a window, and those of an image that is no CT are equal.
         texts: N training texts.
         text_ids: Number of each row's text, int32, shape (N,): equal numbers are equal texts, from 0 in the
-            order of their first rows. No tokenizer is chosen here: a text is tokenised once by its number,
-            and rows that share one are no negatives of each other.
+            order of their first rows. Rows that share one are no negatives of each other.
+        tokens: Ids of each text's pieces under the shipped vocabulary, by the text's number. A model may have
+            another tokenizer: see ``client.workbench.tokenised``.
         text_keys: N keys of 32 hexadecimal digits, equal for texts that say the same in the same words,
             whatever their case, punctuation and masks (``client.text.keys.text_key``).
         patients: Patient of each row, 0 to P - 1, int32, shape (N,).
@@ -52,6 +55,7 @@ class Cohort:
     images: NDArray[np.uint8]
     texts: tuple[str, ...]
     text_ids: NDArray[np.int32]
+    tokens: MappedTokens
     text_keys: tuple[str, ...]
     patients: NDArray[np.int32]
     studies: NDArray[np.int32]
@@ -106,12 +110,13 @@ def open_cohort(out: Path) -> Cohort:
     manifest = _manifest(out)
     try:
         images = np.load(out / IMAGES, mmap_mode="r", allow_pickle=False)
-        index = MappedIndex.open(out / INDEX)
+        index, tokens = MappedIndex.open(out / INDEX), MappedTokens.open(out / TOKENS)
         cohort = Cohort(
             identity=manifest["identity"],
             images=images,
             texts=index.texts,
             text_ids=index.text_ids,
+            tokens=tokens,
             text_keys=index.text_keys,
             patients=index.patients,
             studies=index.studies,
@@ -128,9 +133,9 @@ def open_cohort(out: Path) -> Cohort:
         )
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise StoredCohortError(f"the cohort in {out} is damaged; remove it and build it again") from error
-    size = manifest["image_size"]
-    whole = images.shape == (len(cohort), size, size) and len(cohort) == manifest["rows"]
-    if not whole or index.facts.get("identity") != cohort.identity:
+    whole = images.shape == (len(cohort), *manifest["image_shape"]) and len(cohort) == manifest["rows"]
+    whole &= len(tokens) == int(cohort.text_ids.max(initial=-1)) + 1
+    if not whole or {each.facts.get("identity") for each in (index, tokens)} != {cohort.identity}:
         raise StoredCohortError(f"the cohort in {out} is damaged; remove it and build it again")
     return cohort
 

@@ -1,6 +1,7 @@
 """A row of a batch holds pairs of its own patients alone, each patient with weight 1."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from client.batches import BatchMaker, TrainingData, made_up_data, rows_by_patient
 from encoders.fitting import Pairs
 from encoders.parts import TrainablePart, trainable_part
-from tests.encoders.micro import micro_encoder
+from tests.encoders.micro import TEXTS, micro_encoder, random_colours
 
 ANCHORS = 3
 PART: TrainablePart = trainable_part(micro_encoder(), "heads", lora_rank=1)
@@ -121,6 +122,14 @@ def test_rows_are_given_by_patient_in_order() -> None:
     found = [rows.tolist() for rows in rows_by_patient(np.array([7, 2, 7, 2, 5]))]
     assert found == [[1, 3], [4], [0, 2]]
     assert rows_by_patient(np.empty(0, dtype=np.int64)) == []
+
+
+def test_made_up_images_have_channels_where_the_sites_have() -> None:
+    part = trainable_part(micro_encoder(), "full", lora_rank=1)
+    data = numbered([0])
+    pairs = Pairs.of(part, random_colours(1), list(TEXTS[:1]))
+    like = replace(data, pairs=pairs)
+    assert made_up_data(part, like=like, patients=3, studies=2).pairs.images.shape == (6, 32, 32, 3)
 
 
 @pytest.mark.parametrize("kind", ["heads", "lora", "full"])

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from client import objectives, training
 from client.batches import TrainingData
 from client.engines import MakeEngine, engine_maker
 from client.objectives import Anchors
+from client.site import EngineName
 from client.training import ANCHOR_REFRESH_STEPS, BOOK_KEEPING, train_plainly, train_privately
 from encoders.fitting import Pairs
 from encoders.objectives import anchored_loss, infonce_loss, same_meaning
 from encoders.parts import TrainablePart, trainable_part
+from encoders.preprocessing import with_channels
 from privacy.mechanism import AnchoredDpSgd
 from privacy.noise import GaussianNoise
 from strategies.messages import Arrays, Part, TrainingPlan
@@ -343,6 +345,38 @@ def test_equal_insecure_seeds_give_equal_updates(kind: Part) -> None:
     first, second = (private_update(part_of(kind), [0, 1, 1, 2], of=mechanism(), augment=True) for _ in "ab")
     assert equal(first, second)
     assert all(value.dtype == np.float32 for value in first.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", get_args(EngineName))
+def test_channels_train_as_grey_does_where_they_are_equal_and_otherwise_where_they_are_not(
+    kind: Part, engine: EngineName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The anchors are grey in every case, as a federation's public ones are."""
+
+    def update(channels: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Arrays:
+        part, made_of_grey = part_of(kind), Pairs.of
+
+        def of(part: TrainablePart, images: NDArray[np.uint8], texts: list[str]) -> Pairs:
+            made_up = images.ndim > 3  # for a probe, in the form of the others
+            return made_of_grey(part, images if made_up else channels(images), texts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pairs, "of", of)
+            return private_update(
+                part, [0, 1, 1, 2], of=mechanism(noise_multiplier=SILENT), augment=True,
+                make_engine=engine_maker(engine),
+            )  # fmt: skip
+
+    def windows(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.stack([grey, grey // 2, 255 - grey], axis=-1)
+
+    alone, repeated, in_order, in_another = map(
+        update, (lambda grey: grey, with_channels, windows, lambda grey: windows(grey)[..., ::-1])
+    )
+    assert distance(alone, repeated) < 1e-5 * norm(alone)
+    assert distance(alone, in_order) > 0.01 * norm(alone)
+    assert distance(in_order, in_another) > 0.01 * norm(alone)
 
 
 def test_without_a_seed_no_two_updates_are_alike() -> None:

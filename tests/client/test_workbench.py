@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import CLIPTokenizer
 
 from client import answers
 from client.answers import answer_install, answer_train
@@ -14,9 +16,12 @@ from client.errors import Refused
 from client.objectives import Anchors
 from client.site import packed_cohort
 from client.training import train_privately
-from client.workbench import training_data
+from client.workbench import tokenised, training_data, training_pairs
+from encoders.clip import ClipEncoder, build
+from encoders.fitting import Pairs
 from encoders.objectives import same_meaning, soft_positives, text_similarity
-from encoders.parts import TrainablePart, trainable_part
+from encoders.parts import PARTS, PartName, TrainablePart, trainable_part
+from encoders.tokenizer import TokenisedTexts
 from privacy.banks import PrototypeBank
 from strategies.messages import Arrays
 from tests.encoders.micro import EMBEDDING, micro_encoder
@@ -40,6 +45,44 @@ def test_anchors_that_say_the_same_are_left_out_or_where_the_plan_says_so_right_
     assert np.array_equal(soft.positives.numpy(), expected)
     assert (expected > 0).any()
     assert not soft.masked.any()
+
+
+def shipped_encoder() -> ClipEncoder:
+    return build("tiny", image_size=32, max_tokens=24, seed=0, inverse_temperature=10.0)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_site_trains_on_the_token_ids_of_its_cohort_which_are_those_of_its_texts(
+    kind: PartName, hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hospitals / "hospitals" / "site-1"
+    cohort = packed_cohort(folder)
+    rows = cohort.train()
+    part = trainable_part(shipped_encoder(), kind, prompt_tokens=4)
+    anew = Pairs.of(part, cohort.images[rows], [cohort.texts[row] for row in rows])
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPTokenizer, "__call__", pytest.fail)  # nothing is tokenised again
+        pairs = training_pairs(folder, part).pairs
+    assert torch.equal(pairs.texts, anew.texts)
+    assert torch.equal(pairs.text_keys, anew.text_keys)
+
+
+def test_a_model_with_another_tokenizer_is_never_given_the_ids_of_the_cohort(hospitals: Path) -> None:
+    folder = hospitals / "hospitals" / "site-1"
+    cohort = packed_cohort(folder)
+    rows = cohort.train()
+    texts = [cohort.texts[row] for row in rows]
+    part = trainable_part(micro_encoder(), "full")
+    assert tokenised(cohort, rows, part.encoder.tokenizer) == texts
+    assert torch.equal(training_pairs(folder, part).pairs.texts, part.encoder.tokenizer(texts))
+
+
+def test_ids_of_another_vocabulary_in_the_cohort_are_left_alone(hospitals: Path) -> None:
+    cohort = packed_cohort(hospitals / "hospitals" / "site-1")
+    older = replace(cohort, tokens=replace(cohort.tokens, rules="of another version"))
+    tokenizer = shipped_encoder().tokenizer
+    assert isinstance(tokenised(cohort, cohort.train(), tokenizer), TokenisedTexts)
+    assert isinstance(tokenised(older, cohort.train(), tokenizer), list)
 
 
 def test_a_prototype_is_as_near_a_report_as_the_nearest_of_its_wordings(hospitals: Path) -> None:

@@ -11,10 +11,13 @@ import pytest
 import typer
 from click.testing import Result
 from PIL import Image
+from pydicom.uid import CTImageStorage
 from typer.testing import CliRunner
 
 from client.cohort import Cohort, CohortSettings, build_cohort
+from client.site import Site
 from clipward.cohort_inspect import inspect, write_page
+from tests.client.cohort.conftest import dataset_of
 
 EVIL = "<script>alert('x')</script> & more"
 
@@ -102,6 +105,31 @@ def test_a_cohort_of_one_row_without_labels_has_a_page(tmp_path: Path) -> None:
     cohort: Cohort = build_cohort(settings, tmp_path / "cohort")
     write_page(tmp_path / "page.html", cohort, name="tiny")
     assert "<h2>Labels</h2>" not in (tmp_path / "page.html").read_text()
+
+
+def test_channels_are_shown_beside_each_other_in_their_order(tmp_path: Path) -> None:
+    """A slice of CT and a radiograph, with the windows of lungs, soft tissue and bone."""
+    (tmp_path / "in").mkdir()
+    ramp = np.tile(np.linspace(0, 2200, 32), (32, 1)).astype(np.uint16)
+    told = {"RescaleSlope": 1, "RescaleIntercept": -1024, "SOPClassUID": CTImageStorage}
+    dataset_of(ramp, **told).save_as(tmp_path / "in" / "ct", enforce_file_format=True)
+    dataset_of().save_as(tmp_path / "in" / "x", enforce_file_format=True)
+    (tmp_path / "reports.csv").write_text("accession_number,report\nA1,IMPRESSION: clear\n")
+    windows = "[[-600, 1500], [40, 400], [600, 2800]]"
+    (tmp_path / "site.toml").write_text(
+        'version = 1\nname = "north"\n[cohort]\ndicom = "in"\nreports = "reports.csv"\n'
+        f"patients-declared = 10\nimage-size = 32\nct-windows = {windows}\n"
+    )
+    result, html = page(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "pixels, 8 bit, in 3 channels" in html
+    images = Site.open(tmp_path).cohort().images
+    for row, data in enumerate(re.findall(r"base64,([^\"]+)", html)):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        assert shown.shape == (32, 96)
+        for channel in range(3):
+            np.testing.assert_array_equal(shown[:, 32 * channel :][:, :32], images[row, ..., channel])
+    assert (images[0, ..., 0] != images[0, ..., 1]).any()
 
 
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.cohort import Cohort, ColumnMissingError, State
+from client.cohort import Cohort, CohortSettingsError, ColumnMissingError, State
 from client.site import Site
 from clipward.heterogeneity import CUT, LOOKS, SITE, Look, assign, cut_table, pool, sizes
 from clipward.simulate import prepare_sites, simulate
 from server.federation import Cut, Federation, Simulation
 from strategies.settings import SettingsError
-from tests.small_hospitals import federation, without_claim
+from tests.small_hospitals import change_site, federation, without_claim
 
 PATIENTS, SIDE = 40, 24
 
@@ -277,6 +277,13 @@ def test_hospitals_are_pooled_with_their_texts_labels_and_held_out_patients(
         assert np.array_equal(np.asarray(image), whole[0].images[0])
     assert len({row["patient_id"] for row in rows}) == sum(len(np.unique(c.patients)) for c in whole)
     assert {row["pneumothorax"] for row in rows} <= {"", "0", "1"}
+
+
+def test_windows_are_not_flattened_into_a_pool_of_grey_images(hospitals: Path, tmp_path: Path) -> None:
+    site = hospitals / "hospitals" / "site-2"
+    change_site(site, cohort={"ct-windows": [[-600, 1500], [40, 400]]})
+    with pytest.raises(CohortSettingsError, match="site-2 shows CT windows as channels"):
+        pool([site], tmp_path)
 
 
 def test_synthetic_hospitals_are_cut_anew_and_trained_on(hospitals: Path) -> None:

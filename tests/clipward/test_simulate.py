@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 from client.site import Site
@@ -27,6 +28,7 @@ from tests.small_hospitals import (
     federation,
     without_claim,
 )
+from tests.watched import forget_memory
 
 DIRECTION = {"r1", "r5", "r10", "chance_r1", "chance_r5", "chance_r10", "n"}
 
@@ -208,6 +210,21 @@ def test_sites_must_pack_images_alike(hospitals: Path) -> None:
     change_site(hospitals / "hospitals" / "site-3", cohort={"image-size": 48})
     with pytest.raises(SettingsError, match=r"different sizes \[32, 48\]: use one image-size"):
         run(hospitals)
+
+
+def test_a_site_with_ct_windows_trains_beside_grey_ones(hospitals: Path) -> None:
+    """Its radiographs have their grey in every channel, so every figure is what it is without windows."""
+    changes: dict[str, Any] = {"share": {"part": "full"}, "training": {"rounds": 1}}
+    grey = run_freely(hospitals, name="grey", **changes)
+    change_site(hospitals / "hospitals" / "site-2", cohort={"ct-windows": [[-600, 1500], [40, 400]]})
+    forget_memory()
+    mixed = run_freely(hospitals, name="mixed", **changes)
+    assert Site.open(hospitals / "hospitals" / "site-2").cohort().images.shape[1:] == (32, 32, 3)
+    first, second = (load_file(each.run_dir / "model" / "model.safetensors") for each in (grey, mixed))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, rtol=1e-4, atol=1e-6)
+    assert mixed.summary["evaluation"] is not None
 
 
 def test_a_file_without_sites_says_what_to_name(hospitals: Path) -> None:

@@ -60,3 +60,8 @@ def micro_encoder(*, seed: int = 0, spread: float = 0.2, image_size: int = IMAGE
 
 def random_images(count: int, *, size: int = IMAGE_SIZE, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, size=(count, size, size), dtype=np.uint8)
+
+
+def random_colours(count: int, *, size: int = IMAGE_SIZE, seed: int = 0) -> NDArray[np.uint8]:
+    """Images with three channels, as CT windows are packed."""
+    return np.random.default_rng(seed).integers(0, 256, size=(count, size, size, 3), dtype=np.uint8)

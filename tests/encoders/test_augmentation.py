@@ -42,3 +42,13 @@ def test_each_image_is_moved_on_its_own_and_again_alike_for_the_same_seed() -> N
     first, second = (augment(half_bright(8), rng=np.random.default_rng(3)) for _ in range(2))
     assert torch.equal(first, second)
     assert len({tuple(image.flatten().tolist()) for image in first}) == 8
+
+
+def test_channels_are_moved_and_exposed_as_one_image_is() -> None:
+    grey = torch.from_numpy(np.random.default_rng(1).integers(0, 256, size=(6, 24, 24), dtype=np.uint8))
+    channels = torch.stack([grey, 255 - grey, grey], dim=-1)
+    alone, together = (augment(each, rng=np.random.default_rng(2)) for each in (grey, channels))
+    assert torch.equal(together[..., 0], alone)
+    assert torch.equal(together[..., 2], alone)
+    inverse = augment(255 - grey, rng=np.random.default_rng(2))
+    assert torch.equal(together[..., 1], inverse)

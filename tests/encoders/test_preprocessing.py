@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from encoders.errors import EncoderError
-from encoders.preprocessing import Preprocessing
-from tests.encoders.micro import random_images
+from encoders.preprocessing import Preprocessing, alike, with_channels
+from tests.encoders.micro import random_colours, random_images
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = Preprocessing(image_size=32)
@@ -28,6 +28,7 @@ OURS = Preprocessing(image_size=32)
     mean=st.tuples(*[st.floats(0, 1)] * 3),
     std=st.tuples(*[st.floats(0.05, 1)] * 3),
     resample=st.sampled_from([0, 2, 3]),
+    coloured=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_pixel_values_are_those_of_the_hugging_face_processor(
@@ -36,10 +37,11 @@ def test_pixel_values_are_those_of_the_hugging_face_processor(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     resample: int,
+    coloured: bool,
     seed: int,
 ) -> None:
     ours = Preprocessing(image_size=size, mean=mean, std=std, resample=resample)
-    images = random_images(2, size=packed, seed=seed)
+    images = (random_colours if coloured else random_images)(2, size=packed, seed=seed)
     pixels = ours.normalise(torch.from_numpy(ours.resize(images)))
     theirs = ours.processor()(
         [Image.fromarray(image).convert("RGB") for image in images], return_tensors="pt"
@@ -58,9 +60,26 @@ def test_no_images_are_no_images() -> None:
     assert OURS.resize(random_images(0, size=40)).shape == (0, 32, 32)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (2, 32, 40), (2, 32, 32, 3)])
+def test_grey_images_are_seen_as_three_equal_channels() -> None:
+    grey = random_images(2, size=40)
+    packed = OURS.resize(grey), OURS.resize(with_channels(grey))
+    assert [each.shape for each in packed] == [(2, 32, 32), (2, 32, 32, 3)]
+    seen, as_channels = (OURS.normalise(torch.from_numpy(each)) for each in packed)
+    assert torch.equal(seen, as_channels)
+
+
+def test_stacks_are_made_alike_only_where_they_have_to_be() -> None:
+    grey, colour = random_images(2), random_colours(1)
+    assert [each.shape for each in alike([grey, grey])] == [grey.shape] * 2
+    first, second = alike([grey, colour])
+    assert first.shape == (2, 32, 32, 3)
+    assert np.array_equal(second, colour)
+    assert np.array_equal(OURS.normalise(torch.from_numpy(first)), OURS.normalise(torch.from_numpy(grey)))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (2, 32, 40), (2, 32, 32, 2), (2, 3, 32, 32), (2, 32, 32, 3, 1)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(EncoderError, match=r"square grey images of shape \(N, S, S\), got"):
+    with pytest.raises(EncoderError, match=r"square images of shape \(N, S, S\) or .*, got"):
         OURS.resize(np.zeros(shape, dtype=np.uint8))
 
 

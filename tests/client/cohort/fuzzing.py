@@ -136,9 +136,11 @@ def _outcomes(kind: str, path: Path) -> "Iterator[Candidate | Report | Rejected 
         for with_ct in (False, True):
             header = read_header(path, with_ct=with_ct)
             yield from _usable([Entry(path.name, header)])
-        image = DicomFolder.render(path, SIZE, WINDOWS if path.stat().st_size % 2 else ())
+        windows = WINDOWS if path.stat().st_size % 2 else ()
+        image = DicomFolder.render(path, SIZE, windows)
         if isinstance(image, Rendered):
-            need(image.pixels.shape == (SIZE, SIZE) and image.pixels.dtype == np.uint8, "not the packed form")
+            shape = (SIZE, SIZE, 3) if windows else (SIZE, SIZE)
+            need(image.pixels.shape == shape and image.pixels.dtype == np.uint8, "not the packed form")
             need(image.pixels.min() != image.pixels.max(), "a blank image")
         else:
             _hold_to_rules(image)

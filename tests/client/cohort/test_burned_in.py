@@ -45,6 +45,15 @@ def test_names_and_numbers_are_found(phantoms: NDArray[np.uint8], text: str, siz
     assert found >= 10  # of 12
 
 
+def test_a_line_that_one_window_shows_is_found(phantoms: NDArray[np.uint8]) -> None:
+    image = np.stack([phantoms[0]] * 3, axis=-1)
+    assert not has_text(image)
+    for channel in range(3):
+        shown = image.copy()
+        shown[..., channel] = written(phantoms[0], NAME, size=14, corner=0, grey=255)
+        assert has_text(shown)
+
+
 def test_text_in_the_middle_is_not_looked_for() -> None:
     image = Image.new("L", (224, 224), 90)
     ImageDraw.Draw(image).text((60, 106), NAME, fill=255, font=ImageFont.load_default(10))

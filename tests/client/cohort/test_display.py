@@ -290,22 +290,71 @@ def computed_tomography(dicom: Callable[..., Dataset], **attributes: object) -> 
     return dicom(pixels, SOPClassUID=CTImageStorage, **{**rescale, **attributes})
 
 
-def test_ct_shows_the_mean_of_its_windows_in_the_order_of_densities(dicom: Callable[..., Dataset]) -> None:
-    lung, mediastinum = Window(-600, 1500), Window(40, 400)
-    shown, remarks = display_image(
-        computed_tomography(dicom), size=SIZE, ct_windows=[lung, mediastinum], bits=16
-    )
+LUNG, MEDIASTINUM, BONE = Window(-600, 1500), Window(40, 400), Window(600, 2800)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("windows", "channels"),
+    [
+        ([LUNG, MEDIASTINUM, BONE], [LUNG, MEDIASTINUM, BONE]),
+        ([BONE, LUNG, MEDIASTINUM], [BONE, LUNG, MEDIASTINUM]),
+        ([MEDIASTINUM, LUNG], [MEDIASTINUM, LUNG, LUNG]),
+    ],
+)
+def test_each_window_of_ct_is_a_channel_in_their_order(
+    windows: list[Window], channels: list[Window], padded: bool, dicom: Callable[..., Dataset]
+) -> None:
+    """With padding, stored values are mapped one by one; without, they are averaged first."""
+    padding = {"PixelPaddingValue": 0} if padded else {}
+    slice_of_ct = computed_tomography(dicom, **padding)
+    shown, remarks = display_image(slice_of_ct, size=SIZE, ct_windows=windows, bits=16)
+    assert shown.shape == (SIZE, SIZE, 3)
     hounsfield = np.linspace(0, 3000, SIZE).astype(np.uint16).astype(np.float32) - 1024
-    expected = (lung.apply(hounsfield) + mediastinum.apply(hounsfield)) / 2 * 65535
+    expected = np.stack([window.apply(hounsfield) for window in channels], axis=-1) * 65535
+    expected[0] *= not padded  # black in every channel
     assert np.abs(shown[0] - expected).max() <= 1
-    assert (np.diff(shown[0].astype(int)) >= 0).all()
     assert not remarks
 
 
-def test_other_images_keep_their_own_window_beside_ct(dicom: Callable[..., Dataset]) -> None:
+def test_one_window_of_ct_is_a_grey_image(dicom: Callable[..., Dataset]) -> None:
+    shown, _ = display_image(computed_tomography(dicom), size=SIZE, ct_windows=[LUNG], bits=16)
+    hounsfield = np.linspace(0, 3000, SIZE).astype(np.uint16).astype(np.float32) - 1024
+    assert shown.shape == (SIZE, SIZE)
+    assert np.abs(shown[0] - LUNG.apply(hounsfield) * 65535).max() <= 1
+
+
+def test_a_slice_of_which_one_window_shows_nothing_is_not_blank(dicom: Callable[..., Dataset]) -> None:
+    nothing = Window(20_000, 100)
+    shown, _ = display_image(computed_tomography(dicom), size=SIZE, ct_windows=[nothing, LUNG])
+    assert not shown[..., 0].any()
+    assert shown[..., 1].any()
+    with pytest.raises(RefusedError) as refused:
+        display_image(computed_tomography(dicom), size=SIZE, ct_windows=[nothing, Window(-20_000, 100)])
+    assert refused.value.rejected == Rejected(State.QUARANTINED, Code.E_BLANK)
+
+
+def test_a_slice_that_is_no_square_is_padded_in_every_channel(dicom: Callable[..., Dataset]) -> None:
+    wide = np.tile(np.linspace(500, 2000, 2 * SIZE), (SIZE, 1)).astype(np.uint16)
+    told = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    dataset = dicom(wide, SOPClassUID=CTImageStorage, **told)
+    shown, _ = display_image(dataset, size=SIZE, ct_windows=[LUNG, MEDIASTINUM, BONE])
+    for channel, window in enumerate((LUNG, MEDIASTINUM, BONE)):
+        alone, _ = display_image(dataset, size=SIZE, ct_windows=[window])
+        np.testing.assert_array_equal(shown[..., channel], alone)
+    assert not shown[: SIZE // 4].any()
+
+
+@pytest.mark.parametrize("windows", [[MEDIASTINUM], [LUNG, MEDIASTINUM], [LUNG, MEDIASTINUM, BONE]])
+def test_other_images_keep_their_own_window_beside_ct(
+    windows: list[Window], dicom: Callable[..., Dataset]
+) -> None:
     dataset = dicom(WindowCenter=2000, WindowWidth=3000)
-    with_windows, _ = display_image(dataset, size=SIZE, ct_windows=[Window(40, 400)])
-    np.testing.assert_array_equal(with_windows, display_image(dataset, size=SIZE)[0])
+    grey, _ = display_image(dataset, size=SIZE)
+    with_windows, _ = display_image(dataset, size=SIZE, ct_windows=windows)
+    assert with_windows.ndim == (2 if len(windows) == 1 else 3)
+    for channel in np.moveaxis(np.atleast_3d(with_windows), -1, 0):
+        np.testing.assert_array_equal(channel, grey)
 
 
 @pytest.mark.parametrize("wrong", [{"RescaleIntercept": ""}, {"RescaleType": "US"}])

@@ -5,11 +5,15 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pydicom.uid import RLELossless, generate_uid
 
 from client.cohort import State, open_cohort
+from tests.client.cohort.conftest import dataset_of
 from tests.memory import Watched, run_watched
 
+PROJECT = str(Path(__file__).parents[3])
 REAL, GENERATED, KILLED_AT = 300, 100_000, 200
 MOST_MB, MOST_GROWTH_MB = 500, 60
 
@@ -67,11 +71,47 @@ build_cohort(settings, root / "cohort", workers=1)
 
 
 def run(root: Path, *, killed_at: str = "", generated: int = 0) -> Watched:
-    project = str(Path(__file__).parents[3])
     return run_watched(
         [sys.executable, "-c", BUILD, str(root), killed_at, str(generated)],
-        env=os.environ | {"PYTHONPATH": project},
+        env=os.environ | {"PYTHONPATH": PROJECT},
     )
+
+
+# What a user types, on two cores: every core more has one more reading process.
+COMMAND = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+from clipward.cli import main
+sys.argv = ["clipward", "cohort", "build", sys.argv[1]]
+main()
+"""
+FILES, LARGE = 300, 30
+
+
+@pytest.mark.slow
+def test_the_command_with_its_processes_stays_small(tmp_path: Path) -> None:
+    """Among small files large ones, of a compression that is decoded whole."""
+    noise = np.random.default_rng(0).integers(0, 2**12, size=(64, 64)).astype(np.uint16)
+    blocks = np.kron(noise, np.ones((48, 48), dtype=np.uint16))[:2544]
+    large = dataset_of(blocks, syntax=RLELossless)
+    (tmp_path / "in").mkdir()
+    for number in range(FILES):
+        dataset = large if number < LARGE else dataset_of()
+        dataset.AccessionNumber = dataset.PatientID = f"A{number}"
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        dataset.StudyInstanceUID = generate_uid()
+        dataset.save_as(tmp_path / "in" / f"{number}.dcm", enforce_file_format=True)
+    reports = [f"A{number},Effusion of {number} ml." for number in range(FILES)]
+    (tmp_path / "reports.csv").write_text("\n".join(["accession_number,report", *reports]))
+    (tmp_path / "site.toml").write_text(
+        'version = 1\nname = "a"\n[cohort]\ndicom = "in"\nreports = "reports.csv"\npatients-declared = 300\n'
+    )
+    done = run_watched(
+        [sys.executable, "-c", COMMAND, str(tmp_path)], env=os.environ | {"PYTHONPATH": PROJECT}
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(open_cohort(tmp_path / "cohort")) == FILES
+    assert done.peak_bytes < MOST_MB * 2**20
 
 
 @pytest.mark.slow

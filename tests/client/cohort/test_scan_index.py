@@ -156,13 +156,13 @@ def test_images_are_found_in_what_was_packed(archive: Path) -> None:
             displays = index.displays(IN_ORDER, rules=rules, packed=packed, secret=secret)
             return list(displays(render, [archive / name for name in NAMES]))
 
-    first = show(PackedImages(image_size=4))
+    first = show(PackedImages(shape=(4, 4)))
     images = [one for one in first if isinstance(one, Rendered)]
     np.save(archive.parent / "images.npy", np.array([one.pixels for one in images[1:]]))
     (archive.parent / "keys.bin").write_bytes(b"".join(one.key for one in images[1:]))
     assert {len(one.key) for one in images} == {16}
     rendered.clear()
-    second = show(PackedImages([archive.parent], image_size=4))
+    second = show(PackedImages([archive.parent], shape=(4, 4)))
     assert rendered == ["0.dcm"]  # known, but its pixels are not there
     for one, other in zip(first, second, strict=True):
         if isinstance(one, Rendered) and isinstance(other, Rendered):
@@ -170,7 +170,7 @@ def test_images_are_found_in_what_was_packed(archive: Path) -> None:
             assert (one.key, list(one.remarks)) == (other.key, list(other.remarks))
         else:
             assert one == other
-    packed = PackedImages([archive.parent], image_size=4)
+    packed = PackedImages([archive.parent], shape=(4, 4))
     rendered.clear()
     show(packed, secret=b"t")
     assert rendered == [name for name in NAMES if name != "3.dcm"]
@@ -183,7 +183,7 @@ def test_packed_images_that_do_not_fit_are_no_images(tmp_path: Path) -> None:
     def packed(images: np.ndarray[Any, Any], keys: int, size: int = 4) -> int:
         np.save(tmp_path / "images.npy", images)
         (tmp_path / "keys.bin").write_bytes(os.urandom(16 * keys))
-        return len(PackedImages([tmp_path, tmp_path / "none"], image_size=size))
+        return len(PackedImages([tmp_path, tmp_path / "none"], shape=(size, size)))
 
     images = np.zeros((3, 4, 4), dtype=np.uint8)
     assert packed(images, 3) == 3
@@ -194,7 +194,7 @@ def test_packed_images_that_do_not_fit_are_no_images(tmp_path: Path) -> None:
     assert packed(np.asfortranarray(images), 3) == 0
     assert packed(images[:0], 0) == 0
     (tmp_path / "images.npy").write_bytes(b"")
-    assert len(PackedImages([tmp_path], image_size=4)) == 0
+    assert len(PackedImages([tmp_path], shape=(4, 4))) == 0
 
 
 @given(st.lists(st.binary(min_size=16, max_size=16), unique=True, max_size=20))
@@ -202,7 +202,7 @@ def test_every_key_finds_its_own_image(tmp_path_factory: pytest.TempPathFactory,
     folder = tmp_path_factory.mktemp("packed")
     np.save(folder / "images.npy", np.arange(len(keys), dtype=np.uint8).repeat(4).reshape(-1, 2, 2))
     (folder / "keys.bin").write_bytes(b"".join(keys))
-    packed = PackedImages([folder], image_size=2)
+    packed = PackedImages([folder], shape=(2, 2))
     for number, key in enumerate(keys):
         found = packed.find(key)
         assert (found is None) if key == bytes(16) else (found is not None and (found == number).all())

@@ -40,6 +40,13 @@ def test_changed_copies_are_found_and_other_pictures_are_not() -> None:
     assert groups(near_images(whole)) == [[2, 21], [3, 22, 23], [7, 20]]
 
 
+def test_a_grey_image_is_the_same_with_and_without_channels() -> None:
+    images = np.stack([picture(seed) for seed in (1, 2, 1)])
+    channels = np.stack([images] * 3, axis=-1)
+    np.testing.assert_array_equal(perceptual_hashes(channels), perceptual_hashes(images))
+    assert groups(near_images(channels)) == [[0, 2]]
+
+
 def test_none_and_one_image_have_no_neighbour() -> None:
     assert near_images(np.zeros((0, SIZE, SIZE), dtype=np.uint8)) == []
     assert near_images(picture(0)[None]) == []

@@ -23,7 +23,7 @@ def row(number: int, *, text: str = "Edema.") -> Row:
 
 
 def write(out: Path, *, rows: int = 5, text: str = "Ödem.", brightness: int = 0, key: bytes = b"k") -> Cohort:
-    with CohortWriter(out, image_size=SIZE, key=key) as writer:
+    with CohortWriter(out, image_shape=(SIZE, SIZE), key=key) as writer:
         for number in range(rows):
             pixels = np.full((SIZE, SIZE), number + brightness, dtype=np.uint8)
             writer.add(f"{number}.dcm", row(number, text=text), pixels, [Code.W_CHARSET] * (number == 0) * 2)
@@ -66,7 +66,7 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cohort").stat().st_mode) == 0o700
     files = list((tmp_path / "cohort").iterdir())
     assert {path.name for path in files} == {
-        *("images.npy", "keys.bin", "index.arrow", "cohort.json", "quarantine.csv")
+        *("images.npy", "keys.bin", "index.arrow", "tokens.arrow", "cohort.json", "quarantine.csv")
     }
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
@@ -102,7 +102,10 @@ def test_a_new_cohort_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 def test_a_failed_build_leaves_the_old_cohort_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path / "cohort")
-    with pytest.raises(KeyboardInterrupt), CohortWriter(tmp_path / "cohort", image_size=SIZE, key=b"k"):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        CohortWriter(tmp_path / "cohort", image_shape=(SIZE, SIZE), key=b"k"),
+    ):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["cohort"]
     assert len(open_cohort(tmp_path / "cohort")) == 5
@@ -117,7 +120,7 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
 
 def test_an_empty_cohort_says_why_and_leaves_the_list(tmp_path: Path) -> None:
     out = tmp_path / "cohort"
-    with CohortWriter(out, image_size=SIZE, key=b"k") as writer:
+    with CohortWriter(out, image_shape=(SIZE, SIZE), key=b"k") as writer:
         writer.leave_out("x", Rejected(State.QUARANTINED, Code.E_BLANK))
         with pytest.raises(
             EmptyCohortError, match=r"no usable pair among 1 inputs, see .*: 1 x E_BLANK \(every"
@@ -151,12 +154,12 @@ def test_another_version_is_refused_by_number(tmp_path: Path) -> None:
     write(tmp_path / "cohort")
     manifest = json.loads((tmp_path / "cohort/cohort.json").read_text())
     (tmp_path / "cohort/cohort.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(StoredCohortError, match="has version 0, expected 4"):
+    with pytest.raises(StoredCohortError, match="has version 0, expected 5"):
         open_cohort(tmp_path / "cohort")
     assert stored_fingerprint(tmp_path / "cohort") is None
 
 
-@pytest.mark.parametrize("name", ["images.npy", "index.arrow", "cohort.json"])
+@pytest.mark.parametrize("name", ["images.npy", "index.arrow", "tokens.arrow", "cohort.json"])
 @pytest.mark.parametrize("keep", [0, 40, 200])
 def test_damage_is_named(tmp_path: Path, name: str, keep: int) -> None:
     write(tmp_path / "cohort")
@@ -166,10 +169,12 @@ def test_damage_is_named(tmp_path: Path, name: str, keep: int) -> None:
         open_cohort(tmp_path / "cohort")
 
 
-def test_an_index_of_another_cohort_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["index.arrow", "tokens.arrow"])
+def test_a_file_of_another_cohort_is_damage(tmp_path: Path, name: str) -> None:
+    """Of tokens above all: they would be trained on as if they were of these texts."""
     write(tmp_path / "a")
     write(tmp_path / "b", text="Oedem.")
-    (tmp_path / "b/index.arrow").replace(tmp_path / "a/index.arrow")
+    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
     with pytest.raises(StoredCohortError, match="is damaged; remove it"):
         open_cohort(tmp_path / "a")
 
@@ -177,15 +182,15 @@ def test_an_index_of_another_cohort_is_damage(tmp_path: Path) -> None:
 def test_a_cohort_of_before_gives_way_and_its_images_are_taken_over(tmp_path: Path) -> None:
     out, key = tmp_path / "cohort", b"0123456789abcdef"
     pixels = np.full((SIZE, SIZE), 7, dtype=np.uint8)
-    with CohortWriter(out, image_size=SIZE, key=b"k") as writer:
+    with CohortWriter(out, image_shape=(SIZE, SIZE), key=b"k") as writer:
         writer.add("0.dcm", row(0), pixels, (), key)
         writer.finish(ABOUT)
     manifest = json.loads((out / "cohort.json").read_text())
     (out / "cohort.json").write_text(json.dumps(manifest | {"version": 3}))
     (out / "index.arrow").rename(out / "index.npz")
-    with pytest.raises(StoredCohortError, match="has version 3, expected 4; build it again"):
+    with pytest.raises(StoredCohortError, match="has version 3, expected 5; build it again"):
         open_cohort(out)
-    with locked(out), CohortWriter(out, image_size=SIZE, key=b"k") as writer:
+    with locked(out), CohortWriter(out, image_shape=(SIZE, SIZE), key=b"k") as writer:
         found = writer.packed.find(key)
         assert found is not None
         writer.add("0.dcm", row(0), found, (), key)
