@@ -23,7 +23,7 @@ from privacy.mechanism import MECHANISMS, AnchoredDpSgd, Kind, MicrobatchDpSgd
 WEAK_EPSILON = 8.0
 FEW_PATIENTS = 500
 LARGE_SAMPLE_RATE = 0.5  # what a site refuses, unless its policy says otherwise
-DROWNED = 2.0  # the demo learns at 0.7; the departments of configs/vqamed2019-dp.toml, at 2.4 to 6.9, do not
+DROWNED = 2.0  # the demo learns at 0.7; the departments of vqamed2019, with both heads at 2.4 to 6.9, do not
 
 # A comparison's grid follows its cost, which keeps rounding below one percent of it; and past this much there
 # is nothing left to compare.
