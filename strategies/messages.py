@@ -673,6 +673,8 @@ def _arrays(content: RecordDict, name: str) -> Arrays:
             raise MessageError(
                 f"array {key!r}: dtype {value.dtype} does not travel; use one of {WIRE_DTYPES}"
             )
+        if not value.data.startswith(np.lib.format.MAGIC_PREFIX):  # else NumPy may take it for an archive
+            raise MessageError(f"array {key!r} cannot be read")
         try:
             arrays[key] = value.numpy()
         except (TypeError, ValueError, EOFError, OSError, MemoryError):

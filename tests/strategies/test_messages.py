@@ -324,7 +324,13 @@ def test_a_dtype_that_does_not_travel_is_refused() -> None:
         decode(with_array(Array(np.zeros(2))))
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", Array(np.zeros(99, dtype=np.float32)).data[:200]])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"junk", Array(np.zeros(99, dtype=np.float32)).data[:200]),
+        *(b"PK\x03\x04", b"PK\x05\x06" + bytes(18)),  # archives, the second a whole one of nothing
+    ],
+)
 def test_an_array_that_cannot_be_read_is_refused(data: bytes) -> None:
     broken = Array(dtype="float32", shape=(99,), stype="numpy.ndarray", data=data)
     with pytest.raises(MessageError, match="array 'w' cannot be read"):
