@@ -135,6 +135,15 @@ class ClipEncoder:
         embedded = F.normalize(self.model.text_projection(self.text_features(texts)), dim=-1)
         return embedded.cpu().numpy()
 
+    @torch.no_grad()
+    def centre_texts(self, texts: Sequence[str]) -> None:
+        """Shift the text tower's features so that those of ``texts`` have mean zero; changes the weights.
+
+        The shift is in the bias of the tower's last norm, so the model stays a plain CLIP model and is
+        exported, sent and resumed as one.
+        """
+        self.model.text_model.final_layer_norm.bias -= self.text_features(texts).mean(0)
+
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder that ``CLIPModel`` and ``CLIPProcessor`` load again.
 
@@ -175,7 +184,8 @@ def build(
     """The encoder named in a federation file.
 
     Args:
-        encoder: ``tiny`` (about 8 M parameters), ``vit-b-16``, or a local Hugging Face folder.
+        encoder: ``tiny`` (about 8 M parameters), ``tiny-wide-text`` (the same image tower, and texts embedded
+            in 512 dimensions), ``vit-b-16``, or a local Hugging Face folder.
         image_size: Pixels of the square input; a folder knows its own.
         max_tokens: Longest text; a folder knows its own.
         seed: Initial weights; a folder brings its own.
@@ -287,6 +297,10 @@ ARCHITECTURES = {
     "tiny": Architecture(
         vision_width=256, vision_layers=4, vision_heads=4, patch=32,
         text_width=256, text_layers=2, text_heads=4, embedding=128,
+    ),
+    "tiny-wide-text": Architecture(
+        vision_width=256, vision_layers=4, vision_heads=4, patch=32,
+        text_width=512, text_layers=2, text_heads=4, embedding=512,
     ),
     # ViT-B/16 of Radford et al. (2021), table 20.
     "vit-b-16": Architecture(

@@ -1,4 +1,4 @@
-"""Which weights are trained and travel: all of them, LoRA factors, projection heads, or prompts.
+"""Which weights are trained and travel: all, the image tower's, LoRA factors, projection heads, or prompts.
 
 A `TrainablePart` is the model seen by a training step: a module whose trainable parameters are the part,
 the inputs it wants for each image-text pair, and the part's arrays by name.
@@ -21,7 +21,7 @@ from encoders.errors import EncoderError
 from encoders.preprocessing import Preprocessing
 
 LORA_TARGETS = ["q_proj", "v_proj"]
-PartName = Literal["full", "lora", "heads", "image-head", "prompts"]
+PartName = Literal["full", "image-tower", "lora", "heads", "image-head", "prompts"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 WORD_TABLE = "text_model.embeddings.token_embedding"
 IMAGE_SHIFT = "image_shift"
@@ -140,6 +140,13 @@ class _Towers(Module):
         return F.normalize(self.model.text_projection(text_features(self.model, inputs)), dim=-1)
 
 
+class _ImageTower(_Towers):
+    """The image tower from resized images (B, H, H) uint8; texts are unit embeddings (B, D) already."""
+
+    def embed_texts(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
 class _Heads(Module):
     """The two projections, on pooled features of frozen towers."""
 
@@ -176,11 +183,15 @@ class FullPart(TrainablePart):
     def __init__(self, encoder: ClipEncoder) -> None:
         for name, value in encoder.model.named_parameters():
             value.requires_grad_(self._trains(name))
-        super().__init__(encoder, _Towers(encoder.model, encoder.preprocessing))
+        super().__init__(encoder, self._module(encoder))
 
     @staticmethod
     def _trains(name: str) -> bool:
         return name != "logit_scale"
+
+    @staticmethod
+    def _module(encoder: ClipEncoder) -> Module:
+        return _Towers(encoder.model, encoder.preprocessing)
 
     def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Resized images, uint8 (N, H, H) or (N, H, H, 3), and token ids, int64 (N, L)."""
@@ -190,6 +201,34 @@ class FullPart(TrainablePart):
     def trimmed(self, text_inputs: Tensor) -> Tensor:
         """Token ids (…, L) cut behind the longest text's first end token."""
         return _trimmed(text_inputs, self.encoder)
+
+
+class ImageTowerPart(FullPart):
+    """The image tower and its projection. The text side is frozen, so texts are embedded once per run.
+
+    Fixed text embeddings are the same question at every site, and a step costs the image tower alone.
+
+    Source:
+        A locked text tower, Zhai et al. (2022), arXiv:2111.07991 (LiT), with the towers' roles exchanged.
+    """
+
+    @staticmethod
+    def _trains(name: str) -> bool:
+        return name.startswith(("vision_model.", "visual_projection."))
+
+    @staticmethod
+    def _module(encoder: ClipEncoder) -> Module:
+        return _ImageTower(encoder.model, encoder.preprocessing)
+
+    def inputs(self, images: NDArray[np.uint8], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Resized images, uint8 (N, H, H) or (N, H, H, 3), and unit text embeddings, float32 (N, D)."""
+        resized = torch.from_numpy(self.encoder.preprocessing.resize(images))
+        embedded = torch.from_numpy(self.encoder.text_embeddings(texts))
+        return resized.to(self.encoder.device), embedded.to(self.encoder.device)
+
+    def trimmed(self, text_inputs: Tensor) -> Tensor:
+        """Embeddings have no padding."""
+        return text_inputs
 
 
 class HeadsPart(TrainablePart):
@@ -364,6 +403,8 @@ def trainable_part(
     match part:
         case "full":
             return FullPart(encoder)
+        case "image-tower":
+            return ImageTowerPart(encoder)
         case "heads":
             return HeadsPart(encoder)
         case "image-head":

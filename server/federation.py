@@ -26,6 +26,17 @@ DEFAULT_BATCH = 64
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class CommonModel(ModelSettings):
+    """The model that everyone trains.
+
+    Attributes:
+        centre_texts: Whether the mean of the text tower's features over public sentences is taken from all
+            of them, in the weights: untrained, they share one large direction, and embeddings differ little.
+    """
+
+    centre_texts: bool = False
+
+
 class PublicData(PairSource):
     """Image-text pairs that are public."""
 
@@ -42,10 +53,11 @@ class Share(Settings):
     """What is trained at the sites, what of it travels, and how.
 
     Attributes:
-        part: All weights (``full``), LoRA factors and heads (``lora``), the two projection ``heads``, the
-            image projection alone on centred features (``image-head``), or ``prompts``: learned tokens in
-            every text. With ``prototypes`` no weight travels: sites keep models of their own, which may
-            differ, and train them towards the prototypes of all.
+        part: All weights (``full``), those of the image tower and its projection (``image-tower``), LoRA
+            factors and heads (``lora``), the two projection ``heads``, the image projection alone on centred
+            features (``image-head``), or ``prompts``: learned tokens in every text. With ``prototypes`` no
+            weight travels: sites keep models of their own, which may differ, and train them towards the
+            prototypes of all.
         lora_rank: Columns of a LoRA factor.
         lora_train: ``alternating`` trains the factors B and A by turns, ``b`` B alone. Both at once could not
             be averaged exactly.
@@ -564,7 +576,7 @@ class Federation(Settings):
 
     version: Literal[1]
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    model: ModelSettings = ModelSettings()
+    model: CommonModel = CommonModel()
     public_start: PublicStart | None = None
     share: Share = Share()
     objective: Objective = Objective()

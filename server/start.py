@@ -26,6 +26,7 @@ from strategies.files import sync, write_text
 from strategies.messages import Arrays, Part, PublicBundle
 from strategies.share import shared
 from tasks.concepts import Concept, concept_prompts
+from tasks.views import view_sentences
 
 VERSION = 1
 STARTS = ".starts"  # beside the runs
@@ -134,14 +135,17 @@ def bundle_of(
 
 
 def build_encoder(federation: Federation) -> ClipEncoder:
-    """The untrained or loaded model that the federation file names."""
-    return build(
+    """The untrained or loaded model that the federation file names, its texts centred if the file says so."""
+    encoder = build(
         federation.model.encoder,
         image_size=federation.model.image_size,
         max_tokens=federation.model.max_tokens,
         seed=federation.model.seed,
         inverse_temperature=federation.objective.inverse_temperature,
     )
+    if federation.model.centre_texts:
+        encoder.centre_texts(view_sentences())
+    return encoder
 
 
 def prepared_start(federation: Federation, *, cache: Path) -> Prepared:

@@ -49,8 +49,8 @@ TRAIN = "train"
 DEAL, MASK, CONSENT, REVEAL = "query.deal", "query.mask", "query.consent", "query.reveal"
 
 Arrays = dict[str, NDArray[Any]]
-Part = Literal["full", "lora", "heads", "image-head", "prompts"]
-Shared = Literal["full", "lora", "heads", "image-head", "prompts", "prototypes"]
+Part = Literal["full", "image-tower", "lora", "heads", "image-head", "prompts"]
+Shared = Literal["full", "image-tower", "lora", "heads", "image-head", "prompts", "prototypes"]
 LoraTrain = Literal["alternating", "b"]
 Personal = Literal["norms", "heads"]
 Wire = Literal["fp32", "bf16", "int8"]
@@ -151,9 +151,9 @@ class TrainingPlan(Facts):
     """What the coordinator asks every site to do in every round of a run; all of it is public.
 
     Attributes:
-        part: What is trained and travels: all weights, LoRA factors, the two projection heads, the image
-            projection alone, or prompts. With ``prototypes`` no weight does: every site trains a model of its
-            own, and keeps it.
+        part: What is trained and travels: all weights, those of the image tower, LoRA factors, the two heads,
+            the image projection alone, or prompts. With ``prototypes`` no weight does: every site trains a
+            model of its own, and keeps it.
         objective: ``anchored`` decomposes over patients, ``microbatch`` over groups of them (at twice the
             noise); ``infonce`` does neither and never claims an epsilon.
         privacy: ``dp`` or ``none``.

@@ -132,7 +132,7 @@ def test_made_up_images_have_channels_where_the_sites_have() -> None:
     assert made_up_data(part, like=like, patients=3, studies=2).pairs.images.shape == (6, 32, 32, 3)
 
 
-@pytest.mark.parametrize("kind", ["heads", "lora", "full"])
+@pytest.mark.parametrize("kind", ["heads", "image-tower", "lora", "full"])
 @pytest.mark.parametrize("soft", [True, False])
 def test_made_up_data_has_the_form_of_the_sites_and_nothing_of_it(kind: str, soft: bool) -> None:
     part = trainable_part(micro_encoder(), kind, lora_rank=1)  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def test_without_a_number_of_threads_every_core_of_this_process_trains(
         ("[polici]\n", r"unknown key 'polici'; did you mean 'policy'\?"),
         (
             "[policy]\nparts = ['all']\n",
-            r"policy.parts.0: Input should be 'full', 'lora', 'heads', 'image-head', 'prompts' or",
+            r"policy.parts.0: Input should be 'full', 'image-tower', 'lora', 'heads', 'image-head', ",
         ),
         ("[policy]\nmin-patients = 1\n", "policy.min-patients: .*greater than or equal to 2"),
         ("[policy]\nmax-sample-rate = 1.5\n", "policy.max-sample-rate: .*less than or equal to 1"),

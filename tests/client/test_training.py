@@ -32,7 +32,7 @@ from tests.encoders.micro import TEXTS, micro_encoder, random_images
 ANCHORS = ("normal chest", "large heart", "fluid in the left lung", "air where none should be", "clear lungs")
 BOUND, DECLARED = 0.25, 40
 SILENT = 1e-9  # noise far below any gradient, where the sum itself is looked at
-KINDS: tuple[Part, ...] = ("heads", "image-head", "lora", "full")
+KINDS: tuple[Part, ...] = ("heads", "image-head", "image-tower", "lora", "full")
 # Steps of size one along the release, so that an update shows the released sums themselves.
 SHOWN: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0}
 

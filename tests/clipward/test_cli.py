@@ -238,7 +238,7 @@ def test_an_image_that_cannot_be_read_costs_that_image_only(root: Path) -> None:
         ('[objective]\nname = "infonce"\n', "couples the patients of a batch, so no epsilon can be claimed"),
         (
             '[share]\npart = "everything"\n',
-            "share.part: Input should be 'full', 'lora', 'heads', 'image-head', 'prompts' or",
+            "share.part: Input should be 'full', 'image-tower', 'lora', 'heads', 'image-head', 'prompts' or",
         ),
         ("[training\n", "federation.toml is not TOML"),
         ("\0", "federation.toml is not TOML"),

@@ -104,6 +104,27 @@ def test_a_described_model_embeds_identically() -> None:
     assert same_embeddings(encoder, ClipEncoder.parse(description, encoder.weights()))
 
 
+def test_centred_texts_have_features_around_zero_and_embeddings_farther_apart() -> None:
+    encoder = built(seed=3)
+    before = encoder.text_embeddings(TEXTS)
+    images = encoder.image_embeddings(IMAGES)
+    encoder.centre_texts(TEXTS)
+    features = encoder.text_features(TEXTS)
+    assert features.mean(0).numpy() == pytest.approx(0, abs=1e-5)
+    after = encoder.text_embeddings(TEXTS)
+    assert np.linalg.norm(after.mean(0)) < 0.5 * np.linalg.norm(before.mean(0))
+    assert np.array_equal(encoder.image_embeddings(IMAGES), images)
+
+
+def test_centred_texts_are_a_plain_models(tmp_path: Path) -> None:
+    encoder = built()
+    encoder.centre_texts(["a large heart", "clear lungs"])
+    encoder.export(tmp_path)
+    _, _, texts = hugging_face_outputs(tmp_path)
+    assert texts == pytest.approx(encoder.text_embeddings(TEXTS), abs=1e-5)
+    assert same_embeddings(encoder, ClipEncoder.parse(encoder.describe(), encoder.weights()))
+
+
 def test_weights_are_a_copy() -> None:
     encoder = micro_encoder()
     before = encoder.image_embeddings(IMAGES)
@@ -207,7 +228,7 @@ def test_a_folder_is_built_with_its_own_sizes(folder: Path) -> None:
 
 def test_an_unknown_name_names_the_known_ones() -> None:
     with pytest.raises(
-        EncoderError, match=r"no encoder 'vit-b-61': use tiny, vit-b-16, .* or a Hugging Face"
+        EncoderError, match=r"no encoder 'vit-b-61': use tiny, tiny-wide-text, vit-b-16, .* or a Hugging Face"
     ):
         build("vit-b-61", image_size=32, max_tokens=12, seed=0, inverse_temperature=10.0)
 

@@ -17,8 +17,14 @@ from encoders.errors import EncoderError
 from encoders.parts import IMAGE_SHIFT, PartEmbedder, TrainablePart, trainable_part
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
 
-Kind = Literal["full", "lora", "heads", "image-head"]
-KINDS: tuple[Kind, ...] = ("full", "lora", "heads", "image-head")  # those that start as their model
+Kind = Literal["full", "image-tower", "lora", "heads", "image-head"]
+KINDS: tuple[Kind, ...] = (
+    "full",
+    "image-tower",
+    "lora",
+    "heads",
+    "image-head",
+)  # those that start as their model
 HEADS = {"visual_projection.weight", "text_projection.weight"}
 IMAGES = random_images(len(TEXTS), size=40)
 
@@ -74,6 +80,30 @@ def test_arrays_are_a_copy(kind: Kind) -> None:
 def test_the_full_part_is_every_weight_but_the_temperature() -> None:
     part = part_of("full")
     assert set(part.arrays()) == set(part.encoder.weights()) - {"logit_scale"}
+
+
+def test_the_image_tower_is_every_weight_that_an_image_meets() -> None:
+    part = part_of("image-tower")
+    text_side = {name for name in part.encoder.weights() if name.startswith(("text_model.", "text_proj"))}
+    assert set(part.arrays()) == set(part.encoder.weights()) - text_side - {"logit_scale"}
+    assert "visual_projection.weight" in part.arrays()
+
+
+def test_texts_beside_an_image_tower_are_embedded_once_and_stay_where_they_are() -> None:
+    part = part_of("image-tower")
+    texts = embedded(part)[1]
+    part.load(moved(part))
+    assert np.array_equal(embedded(part)[1], texts)
+    assert np.array_equal(part.inputs(IMAGES, TEXTS)[1].numpy(), texts)
+
+
+def test_an_exported_image_tower_embeds_like_the_part_with_centred_texts_too(tmp_path: Path) -> None:
+    encoder = micro_encoder()
+    encoder.centre_texts(TEXTS)
+    part = trainable_part(encoder, "image-tower")
+    part.load(moved(part))
+    part.merged().export(tmp_path / "model")
+    assert_same(part, load(tmp_path / "model"), within=1e-5)
 
 
 def test_the_heads_are_the_two_projections() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from encoders.clip import ClipEncoder
 from privacy.banks import PrototypeBank
 from server.banks import PublicAnchors, label_prompts, noise_images
 from server.errors import RunError
@@ -24,6 +25,7 @@ from server.start import (
     start_of,
 )
 from strategies.bundles import BundleMissing
+from tasks.views import view_sentences
 from tests.encoders.micro import EMBEDDING, TEXTS, micro_encoder, random_images
 from tests.small_hospitals import bundle, federation
 
@@ -52,6 +54,7 @@ def test_runs_share_a_start_unless_model_anchors_or_public_data_differ(root: Pat
     others = [
         folder(),
         folder(model={"seed": 1}),
+        folder(model={"centre-texts": True}),
         folder(objective={"anchors": 7}),
         folder(objective={"anchors-from": ["noise", "prompts"]}),
         folder(objective={"inverse-temperature": 9.0}),
@@ -179,6 +182,16 @@ def test_the_settings_alone_decide_the_tiny_model() -> None:
         for changes in ({}, {}, {"model": {"image-size": 32, "max-tokens": 16, "seed": 1}})
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_texts_are_centred_on_public_sentences_before_anything_is_made_of_the_model() -> None:
+    asked = tiny(
+        model={"encoder": "tiny-wide-text", "image-size": 32, "max-tokens": 32, "centre-texts": True}
+    )
+    bundle = prepare_from_settings(asked).bundle
+    encoder = ClipEncoder.parse(bundle.model, bundle.weights)
+    assert encoder.text_features(view_sentences()).mean(0).numpy() == pytest.approx(0, abs=1e-4)
+    assert encoder.width == 512
 
 
 def test_without_public_data_the_anchors_are_prompts_and_noise() -> None:
