@@ -1,9 +1,11 @@
 """A site's part in a secure sum: it makes its release as always, and what leaves is masked.
 
-The attempt under way lives in this process alone: a site that was restarted has dropped out of it.
+The attempt under way lies in the site's folder until it is over: any process of the site answers the next
+message of it, a restarted one too.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from client.answers import answer_train
 from client.errors import Refused
@@ -26,17 +28,16 @@ from strategies.messages import (
     Unmask,
 )
 from strategies.secure_sum.agreements import AgreementBook
+from strategies.secure_sum.attempts import AttemptBook, Kept
 from strategies.secure_sum.errors import StepRefused, TermsRefused
 from strategies.secure_sum.masks import digest
-from strategies.secure_sum.messages import Terms
+from strategies.secure_sum.messages import KeyOffer, Terms
 from strategies.secure_sum.site import SiteSession
 from strategies.share import wire_of
 
 AGREEMENTS = "agreements"
 SUMMED: frozenset[Phase] = frozenset({"train", "prototypes"})
-_ATTEMPTS = 4  # of runs that a site takes part in at the same time
-
-_sessions: dict[Path, dict[str, tuple[Terms, SiteSession]]] = {}
+ATTEMPTS = "attempts"
 
 
 def answer_request(site: Site, request: TrainRequest) -> Release | Ready:
@@ -55,41 +56,41 @@ def answer_request(site: Site, request: TrainRequest) -> Release | Ready:
         _refuse_unmasked(site, request)
         return check_release(site, answer_train(site, request))
     check_run(site, request.run)
-    session = _session(site, request, request.secure)
+    offer = _begun(site, request, request.secure)
     release = check_release(site, answer_train(site, request))
     _agreements(site).first(_run_of(request), "masked")
-    return Ready(facts=release.facts, offer=session.offer())
+    return Ready(facts=release.facts, offer=offer)
 
 
 def answer_deal(site: Site, asked: Deal) -> Dealt:
     """Deal shares of this site's two secrets."""
-    _, session = _open(site, asked.session)
-    return Dealt(site=site.name, shares=session.deal(asked.offers))
+    with _attempt(site, asked.session) as (_, session):
+        return Dealt(site=site.name, shares=session.deal(asked.offers))
 
 
 def answer_mask(site: Site, asked: Mask) -> Masked:
     """Mask the stored release."""
-    terms, session = _open(site, asked.session)
-    release = ReleaseStore(folder=site.folder / RELEASES).find(terms.request)
-    if release is None:
-        raise StepRefused("the release to be masked is gone from this site's folder: start a new attempt")
-    return Masked(site=site.name, arrays=dict(session.mask(asked.shares, release.update)))
+    with _attempt(site, asked.session) as (terms, session):
+        release = ReleaseStore(folder=site.folder / RELEASES).find(terms.request)
+        if release is None:
+            raise StepRefused("the release to be masked is gone from this site's folder: start a new attempt")
+        return Masked(site=site.name, arrays=dict(session.mask(asked.shares, release.update)))
 
 
 def answer_agree(site: Site, asked: Agree) -> Agreed:
     """Agree to the sum, and to no other of the same update."""
-    _, session = _open(site, asked.session)
-    return Agreed(consent=session.consent(asked.survivors))
+    with _attempt(site, asked.session) as (_, session):
+        return Agreed(consent=session.consent(asked.survivors))
 
 
 def answer_unmask(site: Site, asked: Unmask) -> Revealed:
-    """Send what unmasks the sum agreed to."""
-    _, session = _open(site, asked.session)
-    return Revealed(reveal=session.reveal(asked.consents))
+    """Send what unmasks the sum agreed to; then the attempt is over, and nothing of it is kept."""
+    with _attempt(site, asked.session, last=True) as (_, session):
+        return Revealed(reveal=session.reveal(asked.consents))
 
 
-def _session(site: Site, request: TrainRequest, terms: Terms) -> SiteSession:
-    """This site's part under ``terms``; asked again, the same."""
+def _begun(site: Site, request: TrainRequest, terms: Terms) -> KeyOffer:
+    """This site's keys under ``terms``; asked again, the same."""
     if terms.request != request.digest:
         raise TermsRefused("the terms are of another request than the one they came with")
     if (terms.run, terms.server_round) != (request.run, request.server_round):
@@ -102,30 +103,48 @@ def _session(site: Site, request: TrainRequest, terms: Terms) -> SiteSession:
         raise TermsRefused("sums of prototypes are added up as they are: expected weighting 'equal'")
     if (wire := wire_of(request)) != "fp32":
         raise TermsRefused(f"what travels as {wire} cannot be summed under masks: ask for fp32")
-    attempts = _sessions.setdefault(site.folder, {})
-    if terms.session not in attempts:
-        own = site.settings.secure_aggregation
-        session = SiteSession(
-            terms,
-            site=site.name,
-            weight=site.settings.cohort.patients_declared if terms.weighting == "declared" else 1,
-            at_least=own.at_least,
-            pins=site.pins(),
-            sign=site.key().vouch,
-            agreements=_agreements(site),
-        )
-        attempts[terms.session] = (terms, session)
-        while len(attempts) > _ATTEMPTS:
-            del attempts[next(iter(attempts))]
-    return attempts[terms.session][1]
+    book = _attempts(site)
+    with book.held():
+        kept = book.of(terms.session)
+        session = _session(site, terms, kept)
+        if kept is None:
+            book.begin(session.kept)
+    return session.offer()
 
 
-def _open(site: Site, session: str) -> tuple[Terms, SiteSession]:
+@contextmanager
+def _attempt(site: Site, session: str, *, last: bool = False) -> Iterator[tuple[Terms, SiteSession]]:
+    """An attempt under way, and on leaving what it has become: on the disk before the answer leaves.
+
+    Nothing changes where the step is refused; after the ``last`` one it is forgotten.
+
+    Raises:
+        StepRefused: there is none of this name.
+    """
     check_code(site)
-    found = _sessions.get(site.folder, {}).get(session)
-    if found is None:
-        raise StepRefused(f"{site.name!r} knows of no such attempt: it was restarted since, or never asked")
-    return found
+    book = _attempts(site)
+    with book.held():
+        if (kept := book.of(session)) is None:
+            raise StepRefused(f"{site.name!r} knows of no such attempt: it is over, or was never asked")
+        going_on = _session(site, kept.terms, kept)
+        yield kept.terms, going_on
+        if last:
+            book.end(session)
+        else:
+            book.keep(going_on.kept)
+
+
+def _session(site: Site, terms: Terms, kept: Kept | None) -> SiteSession:
+    return SiteSession(
+        terms,
+        site=site.name,
+        weight=site.settings.cohort.patients_declared if terms.weighting == "declared" else 1,
+        at_least=site.settings.secure_aggregation.at_least,
+        pins=site.pins(),
+        sign=site.key().vouch,
+        agreements=_agreements(site),
+        kept=kept,
+    )
 
 
 def _refuse_unmasked(site: Site, request: TrainRequest) -> None:
@@ -150,6 +169,10 @@ def _refuse_unmasked(site: Site, request: TrainRequest) -> None:
 
 def _run_of(request: TrainRequest) -> str:
     return digest("run", request.run)
+
+
+def _attempts(site: Site) -> AttemptBook:
+    return AttemptBook(folder=site.folder / ATTEMPTS)
 
 
 def _agreements(site: Site) -> AgreementBook:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from strategies.flower_compat import stay_offline
 from strategies.in_process import InProcessGrid, answer
-from strategies.messages import HELLO, INSTALL
+from strategies.messages import CONSENT, DEAL, HELLO, INSTALL, MASK, REVEAL
 from strategies.offline import OFFLINE
 
 Config = Mapping[str, UserConfigValue]
@@ -177,7 +177,7 @@ def _configured_client(
         context.state = inner.state
         return reply
 
-    for action in (HELLO, INSTALL):
+    for action in (HELLO, INSTALL, DEAL, MASK, CONSENT, REVEAL):
         configured.query(action.removeprefix("query."))(handle)
     configured.train()(handle)
     return configured

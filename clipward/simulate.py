@@ -80,15 +80,10 @@ def simulate(
         on_progress: Told of the work before the first round.
 
     Raises:
-        SettingsError: no ``simulation`` table, no site where it points, or secure aggregation on Ray.
+        SettingsError: no ``simulation`` table, or no site where it points.
         CohortError: a site's or the public data cannot be used.
         RunError: the run cannot start or go on.
     """
-    if federation.secure_aggregation is not None and backend == "ray":
-        raise SettingsError(
-            "on Ray a site answers each message in another process, and a secure sum needs what it kept in "
-            "memory: use the in-process backend, or remove secure-aggregation"
-        )
     run_dir = runs / federation.name
     prepared = prepare_start(federation, cache=runs / STARTS, on_progress=on_progress)
     folders = prepare_sites(federation, run_dir)

@@ -13,7 +13,7 @@ from strategies.secure_sum.messages import require_hex
 class AgreementBook:
     """A folder with one small file for each thing ever agreed to.
 
-    It holds digests only. Keys, seeds and shares are never written: they would unmask what was sent.
+    It holds digests only, and for ever: what unmasks is in an `AttemptBook` while its attempt lasts.
     """
 
     folder: Path

@@ -27,12 +27,14 @@ SECRETS: tuple[Secret, Secret] = (
 )  # a site is unmasked by its seed when it is summed, by its key otherwise
 
 
-class _Strict:
+class Strict:
+    """Base: unknown fields are refused."""
+
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # where it travels in a message
 
 
 @dataclass(frozen=True, kw_only=True)
-class Participant(_Strict):
+class Participant(Strict):
     """A site that is asked.
 
     Attributes:
@@ -52,7 +54,7 @@ class Participant(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms(_Strict):
+class Terms(Strict):
     """What one attempt at a secure sum is about; every signature and key in it is bound to all of this.
 
     Attributes:
@@ -130,7 +132,7 @@ class Terms(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyOffer(_Strict):
+class KeyOffer(Strict):
     """A site takes part, with keys made for this attempt alone.
 
     Attributes:
@@ -169,7 +171,7 @@ class KeyOffer(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SealedShare(_Strict):
+class SealedShare(Strict):
     """One share of each of a dealer's two secrets, that only its holder can read.
 
     Attributes:
@@ -193,7 +195,7 @@ class SealedShare(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consent(_Strict):
+class Consent(Strict):
     """A site's signature under the names of those that are summed, and under all it has seen before."""
 
     site: str
@@ -204,7 +206,7 @@ class Consent(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reveal(_Strict):
+class Reveal(Strict):
     """A site's shares of what unmasks the sum.
 
     Attributes:

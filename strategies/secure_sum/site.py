@@ -1,7 +1,6 @@
 """One site's half of a secure sum: it hides its update, and helps to unmask the sum of many, never of one."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from secrets import token_bytes
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from numpy.typing import NDArray
 
 from strategies.secure_sum import masks, shamir
+from strategies.secure_sum.attempts import Kept
 from strategies.secure_sum.errors import PeerRefused, StepRefused, TermsRefused
 from strategies.secure_sum.messages import (
     SECRETS,
@@ -26,7 +26,6 @@ from strategies.secure_sum.messages import (
     share_digest,
 )
 
-SEED_BYTES = 32
 _ONCE = bytes(12)  # the nonce of a key that encrypts one message
 
 
@@ -56,10 +55,10 @@ class SiteSession:
     rounds tell together, only the noise in the updates limits. Pins taken from the coordinator protect
     nothing: they must come from the site's own settings, or have been kept from when they were first seen.
 
-    Private keys, the seed and peers' shares live in this object and are never written anywhere; a site that
-    was restarted has left the attempt, and counts as dropped out. All masks come from keys made here, so
-    another attempt has other masks. What must be on disk is in ``agreements``: under which terms the answer
-    to a request was masked, and with whom it was summed.
+    Private keys, the seed and peers' shares are in ``kept`` alone, for an `AttemptBook`: to be on the disk
+    before an answer leaves, so that no process masks a second time, and gone when the attempt is over. Keys
+    are made for one attempt, so another has other masks. What must outlast it is in ``agreements``: under
+    which terms the answer to a request was masked, and with whom it was summed.
 
     Args:
         terms: What the coordinator asks. The caller makes sure that ``terms.request`` is the digest of the
@@ -71,6 +70,7 @@ class SiteSession:
         pins: Public Ed25519 keys by site, from this site's own settings, its own among them.
         sign: Signs with the private half of its own pin.
         agreements: Remembers what was agreed to, also after a crash.
+        kept: The attempt as it stands, of another session; null: it begins here.
 
     Raises:
         TermsRefused: the site does not take part under these terms.
@@ -89,15 +89,35 @@ class SiteSession:
         pins: Mapping[str, str],
         sign: Callable[[bytes], bytes],
         agreements: Agreements,
+        kept: Kept | None = None,
     ) -> None:
         _require_acceptable(terms, site=site, weight=weight, at_least=at_least, pins=pins)
         self._terms, self._site, self._sign, self._agreements = terms, site, sign, agreements
-        self._mask_key, self._seal_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
-        self._seed = token_bytes(SEED_BYTES)
-        self._offers: dict[str, KeyOffer] = {}
-        self._dealt: tuple[SealedShare, ...] = ()
-        self._shares: dict[str, tuple[bytes, bytes]] = {}
-        self._survivors: tuple[str, ...] = ()
+        kept = kept or Kept.fresh(terms)
+        self._mask_key, self._seal_key = (
+            X25519PrivateKey.from_private_bytes(bytes.fromhex(key)) for key in (kept.mask_key, kept.seal_key)
+        )
+        self._seed = bytes.fromhex(kept.seed)
+        self._offers = {offer.site: offer for offer in kept.offers}
+        self._dealt = kept.dealt
+        self._shares = {
+            name: (bytes.fromhex(seed), bytes.fromhex(key)) for name, (seed, key) in kept.shares.items()
+        }
+        self._survivors = kept.survivors
+
+    @property
+    def kept(self) -> Kept:
+        """The attempt as it stands: what another session goes on from."""
+        return Kept(
+            terms=self._terms,
+            mask_key=self._mask_key.private_bytes_raw().hex(),
+            seal_key=self._seal_key.private_bytes_raw().hex(),
+            seed=self._seed.hex(),
+            offers=tuple(self._offers.values()),
+            dealt=self._dealt,
+            shares={name: (seed.hex(), key.hex()) for name, (seed, key) in self._shares.items()},
+            survivors=self._survivors,
+        )
 
     def offer(self) -> KeyOffer:
         """This site's keys for the attempt."""

@@ -1,6 +1,7 @@
 """What one site does in a secure sum, whatever a coordinator says."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import secure
 from client.releases import ReleaseStore
-from client.secure import answer_agree, answer_deal, answer_mask, answer_request, answer_unmask
+from client.secure import ATTEMPTS, answer_agree, answer_deal, answer_mask, answer_request, answer_unmask
 from client.site import PINS_FILE, Site
 from privacy.errors import KeyUnusable
 from privacy.prototypes import PrototypeRelease
@@ -30,6 +30,7 @@ from strategies.messages import (
     Unmask,
     decode,
 )
+from strategies.secure_sum.attempts import MOST
 from strategies.secure_sum.errors import OutOfRange, StepRefused, TermsRefused
 from strategies.secure_sum.messages import Participant, Terms
 from strategies.settings import SettingsError
@@ -44,7 +45,6 @@ PROTOTYPES = PrototypePlan(
 @pytest.fixture
 def sites(hospitals: Path) -> list[Site]:
     """Three that know each other's keys, train without a claim and hold the bundle."""
-    secure._sessions.clear()
     folders = [hospitals / "hospitals" / name for name in NAMES]
     pins = {folder.name: Site.open(folder).key().public for folder in folders}
     return [
@@ -214,20 +214,82 @@ def test_the_same_terms_again_get_the_same_keys_and_another_attempt_gets_others(
     assert (first.facts.replayed, again.facts.replayed, other.facts.replayed) == (False, True, True)
 
 
-def test_old_attempts_are_forgotten(sites: list[Site]) -> None:
-    messages = [asked(sites, attempt=number) for number in range(1, 8)]
+def attempts_of(site: Site) -> list[Path]:
+    return sorted((site.folder / ATTEMPTS).iterdir())
+
+
+def test_a_new_attempt_of_a_run_ends_the_one_before(sites: list[Site]) -> None:
+    messages = [asked(sites, attempt=number) for number in range(1, 4)]
     for message in messages:
         offered(sites[0], message)
-    assert len(secure._sessions[sites[0].folder]) == secure._ATTEMPTS
+        assert message.secure is not None
+        assert [path.stem for path in attempts_of(sites[0])] == [message.secure.session]
     assert messages[0].secure is not None
     with pytest.raises(StepRefused, match="knows of no such attempt"):
         answer_deal(sites[0], Deal(session=messages[0].secure.session, offers=()))
 
 
-def test_a_restarted_site_has_left_the_attempt(sites: list[Site]) -> None:
+def test_attempts_of_a_few_runs_are_kept_and_no_more(sites: list[Site]) -> None:
+    for number in range(MOST + 3):
+        plain = replace(request(run=f"run-{number}"), plan=plain_plan())
+        terms = asked(sites, run=plain.run, request=plain.digest).secure
+        offered(sites[0], replace(plain, secure=terms))
+    assert len(attempts_of(sites[0])) == MOST
+
+
+def test_what_is_kept_of_an_attempt_is_its_owners_alone_and_gone_when_it_is_over(sites: list[Site]) -> None:
+    message = asked(sites)
+    offers = tuple(offered(site, message).offer for site in sites)
+    assert message.secure is not None
+    number = message.secure.session
+    dealt = [answer_deal(site, Deal(session=number, offers=offers)).shares for site in sites]
+    for holder, site in enumerate(sites):
+        (path,) = attempts_of(site)
+        assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+        answer_mask(site, Mask(session=number, shares=tuple(shares[holder] for shares in dealt)))
+    agree = Agree(session=number, survivors=tuple(NAMES))
+    consents = tuple(answer_agree(site, agree).consent for site in sites)
+    for site in sites:
+        answer_unmask(site, Unmask(session=number, consents=consents))
+        assert attempts_of(site) == []
+        with pytest.raises(StepRefused, match="it is over, or was never asked"):
+            answer_unmask(site, Unmask(session=number, consents=consents))
+
+
+def test_no_process_of_a_site_masks_a_second_time(sites: list[Site]) -> None:
+    """The attack: ask twice at the same moment, with shares of other sites in each."""
+    message = asked(sites)
+    offers = tuple(offered(site, message).offer for site in sites)
+    assert message.secure is not None
+    number = message.secure.session
+    dealt = [answer_deal(site, Deal(session=number, offers=offers)).shares for site in sites]
+    asking = [Mask(session=number, shares=tuple(shares[0] for shares in some)) for some in (dealt, dealt[:2])]
+    with ThreadPoolExecutor(2) as pool:  # each opens the site anew, as a process does
+        kinds = pool.map(lambda one: kind_of_answer(sites[0].folder, one), asking)
+        assert sorted(kinds) == ["Masked", "StepRefused"]
+
+
+def kind_of_answer(folder: Path, mask: Mask) -> str:
+    try:
+        return type(answer_mask(Site.open(folder), mask)).__name__
+    except StepRefused as error:
+        return type(error).__name__
+
+
+def test_a_damaged_attempt_is_none(sites: list[Site]) -> None:
     message = asked(sites)
     offered(sites[0], message)
-    secure._sessions.clear()
+    (path,) = attempts_of(sites[0])
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(StepRefused, match="knows of no such attempt"):
+        answer_deal(sites[0], Deal(session=path.stem, offers=()))
+
+
+def test_a_site_that_lost_an_attempt_has_left_it(sites: list[Site]) -> None:
+    message = asked(sites)
+    offered(sites[0], message)
+    for path in attempts_of(sites[0]):
+        path.unlink()
     assert message.secure is not None
     number = message.secure.session
     answers: list[tuple[Callable[[Site, Any], Any], Any]] = [
@@ -237,7 +299,7 @@ def test_a_restarted_site_has_left_the_attempt(sites: list[Site]) -> None:
         (answer_unmask, Unmask(session=number, consents=())),
     ]
     for answer, said in answers:
-        with pytest.raises(StepRefused, match="'site-1' knows of no such attempt: it was restarted since"):
+        with pytest.raises(StepRefused, match="'site-1' knows of no such attempt: it is over, or was"):
             answer(sites[0], said)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from client.site import Site
 from server.checkpoints import load_latest
 from server.metrics import read_events
 from strategies.messages import digest_of
@@ -27,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain-heads": without_claim(),
     "plain-full": without_claim(share={"part": "full"}, training={"augment": True, "seed": 4}),
     "private-heads": {},
+    "secure-heads": without_claim(**{"secure-aggregation": {}}),
 }
 
 # Ray takes the caller's process for its driver, so it gets one of its own.
@@ -55,6 +57,11 @@ def root(made_hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             folder = world / "hospitals" / site.name
             (folder / "dicom").symlink_to(site / "dicom")
             change_site(folder, policy={"require-dp": False}, testing={"insecure-noise-seed": 3})
+            if backend == BACKENDS[0]:
+                Site.open(folder).key()
+            else:  # the same hospitals, with the same keys
+                for name in ("site.key", "site.pub"):
+                    shutil.copy(root / BACKENDS[0] / "hospitals" / site.name / name, folder / name)
         for name, changes in RUNS.items():
             settings = document(world, name=name, **changes)
             settings["model"]["encoder"] = "micro"
@@ -64,7 +71,7 @@ def root(made_hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             [sys.executable, "-c", textwrap.dedent(PROGRAM), str(world), backend, *RUNS],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
             check=True,
-            timeout=300,
+            timeout=600,
         )
     yield root
     shutil.rmtree(temporary)

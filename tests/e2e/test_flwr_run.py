@@ -16,7 +16,7 @@ import pytest
 
 from client.site import Site
 from server.metrics import Event, read_events
-from tests.small_hospitals import ROUNDS, write_federation
+from tests.small_hospitals import ROUNDS, change_site, write_federation
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -86,10 +86,17 @@ def events(root: Path) -> list[Event]:
 
 
 def test_the_app_runs_on_flowers_own_engine(hospitals: Path, flower: Mapping[str, str]) -> None:
-    """With public data to measure on, so that the start is prepared beforehand, as in a deployed run."""
+    """With public data to measure on, so that the start is prepared beforehand, and with secure sums.
+
+    As in a deployed run, every site holds pins of all. Flower answers each message in a process of its own.
+    """
     reports = "hospitals/site-3/reports.csv"
     public = {"dicom": str(hospitals / "hospitals/site-3/dicom"), "reports": str(hospitals / reports)}
-    write_federation(hospitals, evaluation={"data": public})
+    folders = sorted((hospitals / "hospitals").iterdir())
+    keys = {folder.name: Site.open(folder).key().public for folder in folders}
+    for folder in folders:
+        change_site(folder, **{"secure-aggregation": {"pins": keys, "required": True}})
+    write_federation(hospitals, evaluation={"data": public}, **{"secure-aggregation": {"sites": keys}})
     call([BIN / "clipward", "start", "federation.toml"], cwd=hospitals, env=flower)
     settings = 'federation="federation.toml" sites="hospitals"'
     said = call(
@@ -108,10 +115,12 @@ def test_the_app_runs_on_flowers_own_engine(hospitals: Path, flower: Mapping[str
     )
     wait_until(lambda: any(e["kind"] == "run_finished" for e in events(hospitals)), seconds=300)
     kinds = [event["kind"] for event in events(hospitals)]
-    assert kinds.count("site_replied") == 3 * ROUNDS
+    assert kinds.count("site_replied") == kinds.count("site_masked") == 3 * ROUNDS
+    assert [one["sites"] for one in events(hospitals) if one["kind"] == "sum_made"] == [sorted(keys)] * ROUNDS
     assert kinds.count("evaluated") == ROUNDS + 1
     assert kinds[-1] == "run_finished"
     assert "Successfully started run" in said
-    for folder in (hospitals / "hospitals").iterdir():
+    for folder in folders:
+        assert not list((folder / "attempts").iterdir())
         assert len(Site.open(folder).ledger().events()) == ROUNDS
         assert not (folder / "site.log").exists()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
-from client import secure
 from client.site import PINS_FILE, Site
 from clipward.simulate import simulate, with_keys
 from server import app as coordinator_app
@@ -49,7 +48,6 @@ KEYS = {name: f"{number}{number}" * 32 for number, name in enumerate(NAMES)}
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    secure._sessions.clear()
 
 
 @pytest.fixture
@@ -278,7 +276,6 @@ def test_killed_at_any_step_and_resumed_the_result_is_the_same(
     run = Run(four)
     with pytest.raises(Killed):
         killed(run, die_at=step, monkeypatch=monkeypatch)
-    secure._sessions.clear()  # the sites died with it
     arrays = run.go(resume=True)
     assert same(arrays, run.summed(NAMES))
 
@@ -467,18 +464,16 @@ def test_clipward_simulate_sums_in_secret(four: Path) -> None:
     assert (four / "hospitals" / "site-1" / PINS_FILE).is_file()
 
 
-def test_engines_that_forget_between_messages_are_refused(
+def test_where_nobody_makes_keys_the_file_has_to_name_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = federation(tmp_path, **{"secure-aggregation": {}})
-    with pytest.raises(SettingsError, match="on Ray a site answers each message in another process"):
-        simulate(settings, runs=tmp_path, backend="ray")
     monkeypatch.setattr(Federation, "load", lambda _: settings)
 
     class Context:
         run_config = {"federation": "federation.toml", "run-dir": "", "resume": False}  # noqa: RUF012
 
-    with pytest.raises(RunError, match="answers each message in a new process of a site"):
+    with pytest.raises(RunError, match=r"secure-aggregation\.sites has to name every site's public key"):
         coordinator_app.main(None, Context())
 
 

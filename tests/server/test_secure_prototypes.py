@@ -40,7 +40,6 @@ Folded = list[tuple[Arrays, float]]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    secure._sessions.clear()
 
 
 @pytest.fixture
@@ -332,11 +331,9 @@ def test_killed_at_any_step_of_either_phase_and_resumed_it_ends_the_same(
         (folder / "ledger.sqlite").unlink()
         for kept in ("releases", "agreements"):
             shutil.rmtree(folder / kept)
-    secure._sessions.clear()
     run = run_of(four)
     with pytest.raises(Killed):
         killed(run, die_at=step, monkeypatch=monkeypatch)
-    secure._sessions.clear()  # the sites died with it
     assert same(run.go(resume=True), expected)
     assert charges(run) == [2, 1, 2, 2]
     assert run.events("prototypes_made")[-1]["sites"] == 3

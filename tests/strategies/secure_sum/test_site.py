@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strategies.secure_sum import site as site_module
+from strategies.secure_sum import attempts
 from strategies.secure_sum.errors import OutOfRange, PeerRefused, StepRefused, TermsRefused
 from strategies.secure_sum.messages import Consent, consent_statement, offer_statement
 from tests.strategies.secure_sum.hospitals import (
@@ -439,6 +439,6 @@ def test_the_seed_is_256_bits_of_the_system_s_generator(monkeypatch: pytest.Monk
         asked.append(size)
         return bytes(range(size))
 
-    monkeypatch.setattr(site_module, "token_bytes", token_bytes)
+    monkeypatch.setattr(attempts, "token_bytes", token_bytes)
     attempt()
     assert asked == [32] * 5
