@@ -425,7 +425,7 @@ def _charge(request: TrainRequest, mechanism: AnyMechanism, noise: GaussianNoise
         noise_std=mechanism.noise_std,
         insecure_seed=noise.insecure_seed,
         code_version=version("clipward"),
-        input_digest=digest_of(request.arrays),
+        input_digest=request.arrays_digest,
     )
 
 

@@ -38,7 +38,7 @@ def correct_drift(
         if term is not None and term.shape != tuple(value.shape):
             raise EncoderError(f"the correction of {name!r} has shape {term.shape}, not {tuple(value.shape)}")
         anchor = value.detach().clone() if proximal else None
-        added[value] = (None if term is None else torch.from_numpy(term).to(value), anchor)
+        added[value] = (None if term is None else torch.tensor(term).to(value), anchor)
 
     @torch.no_grad()
     def correct(*_: Any) -> None:

@@ -110,7 +110,7 @@ class TrainablePart(ABC):
             raise EncoderError(f"expected the {len(own)} arrays of this part, got {len(arrays)} others")
         with torch.no_grad():
             for name, value in own.items():
-                value.copy_(torch.from_numpy(np.asarray(arrays[name])))
+                value.copy_(torch.tensor(np.asarray(arrays[name])))
 
     def _travelling(self) -> dict[str, Tensor]:
         return {**self.parameters(), **self.constants()}

@@ -176,8 +176,8 @@ def append_prototypes(bank: tuple[Tensor, Tensor], prototypes: PrototypeBank) ->
     if images.shape[1] != prototypes.image.shape[1]:
         raise PrivacyError(f"anchors of width {images.shape[1]}, prototypes of {prototypes.image.shape[1]}")
     return (
-        torch.cat([images, torch.from_numpy(prototypes.image).to(images)]),
-        torch.cat([texts, torch.from_numpy(prototypes.text).to(texts)]),
+        torch.cat([images, torch.tensor(prototypes.image).to(images)]),
+        torch.cat([texts, torch.tensor(prototypes.text).to(texts)]),
     )
 
 

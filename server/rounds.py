@@ -38,6 +38,7 @@ from strategies.variates import VariatesLost
 __all__ = ["Evaluate", "Start", "run_rounds"]
 
 STRATEGY_FOLDER = "strategy"
+SUM_BYTES = 2**30  # of a sum that stays in memory, where all sites are in this process and one has a turn
 Evaluate = Callable[[Arrays], Mapping[str, Any] | None]
 
 
@@ -111,7 +112,7 @@ class _Run:
         self._in_turn = isinstance(grid, InProcessGrid)
         self._roster = Roster(grid, run=federation.name, bundle=start.bundle, log=log)
         self._identity = identity(federation, start)
-        self._strategy, self._heard = _strategy(federation, run_dir), 0
+        self._strategy, self._heard = _strategy(federation, run_dir, in_turn=self._in_turn), 0
         anchors = AnchorBook(run_dir / ANCHORS_FILE)
         self._late = LateReleases(run_dir / LATE_FOLDER, anchors=anchors, registry=registry, log=log)
         self._exchange = Exchange(
@@ -416,12 +417,13 @@ class _Run:
         )
 
 
-def _strategy(federation: Federation, run_dir: Path) -> Strategy:
+def _strategy(federation: Federation, run_dir: Path, *, in_turn: bool) -> Strategy:
     training = federation.training
     return strategy_of(
         federation.strategy,
         folder=run_dir / STRATEGY_FOLDER,
         step_length=training.learning_rate * training.steps,
+        memory_bytes=SUM_BYTES if in_turn else 0,
     )
 
 

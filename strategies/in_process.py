@@ -1,14 +1,11 @@
 """Flower's grid in one process: every site's ClientApp is called here, one after the other, without Ray."""
 
 import copy
-import io
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -19,9 +16,9 @@ from flwr.app import (
     UserConfigValue,
 )
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
 from strategies.flower_compat import ErrorCode, Run, act_as_coordinator, make_message, stamp
+from strategies.handover import Unwritten
 
 logger = logging.getLogger(f"clipward.{__name__}")
 
@@ -36,8 +33,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr is not annotated for us
 
     Guarantees:
         Lazy: a site works when its reply is pulled, so at most the reply just pulled is in memory. Each side
-        has its own records, so neither changes the other's; the arrays' bytes are shared, never copied. The
-        coordinator reads them where they lie, so its arrays are read-only.
+        has its own records, so neither changes the other's; arrays are shared, never copied, and those that
+        `strategies.messages` encodes are never written either: the other side reads them where they lie.
         A site's context keeps its state from message to message. An exception in a site becomes an error
         reply with the constant text `FAILED`.
 
@@ -128,54 +125,29 @@ def answer(client_app: ClientCall, message: Message, context: Context) -> Messag
     Flower's engines put the exception's text into the reply, and that text may hold patient data.
     """
     try:
-        return _isolated(client_app(message, context), array_type=_InPlace)
+        return _isolated(client_app(message, context))
     except Exception:
         logger.exception("the client app of node %d failed", context.node_id)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED), reply_to=message)
 
 
-class _InPlace(Array):  # type: ignore[misc]  # flwr is not annotated for us
-    """Bytes that are read where they lie: Flower's own `numpy` copies them."""
-
-    def numpy(self) -> NDArray[Any]:
-        """The values, read-only; what has an unusual form is left to Flower.
-
-        Raises:
-            TypeError: the bytes are no NumPy array.
-            ValueError: they are not whole.
-        """
-        file = io.BytesIO(self.data)
-        if self.stype != "numpy.ndarray" or np.lib.format.read_magic(file) != (1, 0):
-            return np.asarray(super().numpy())
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran_order or dtype.hasobject or 0 in shape:
-            return np.asarray(super().numpy())
-        values = np.frombuffer(self.data, dtype, count=math.prod(shape), offset=file.tell())
-        return values.reshape(shape)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Array) and _shared(self, Array) == _shared(other, Array)
-
-    __hash__ = None  # type: ignore[assignment]  # as of every `Array`
-
-
-def _isolated(message: Message, *, array_type: type[Array] = Array) -> Message:
-    """The message with metadata and records of its own; ``bytes`` cannot change, so arrays share theirs."""
+def _isolated(message: Message) -> Message:
+    """The message with metadata and records of its own; what cannot change, the arrays' values, it shares."""
     metadata = copy.copy(message.metadata)
     if message.has_error():
         return make_message(metadata, error=Error(message.error.code, FAILED))
-    content = {name: _copied(record, array_type) for name, record in message.content.items()}
+    content = {name: _copied(record) for name, record in message.content.items()}
     return make_message(metadata, content=RecordDict(content))
 
 
-def _copied(record: Any, array_type: type[Array]) -> Any:
+def _copied(record: Any) -> Any:
     if not isinstance(record, ArrayRecord):
         return copy.deepcopy(record)
-    copied = ArrayRecord()  # which, given them all at once, would make each an `Array` again
+    copied = ArrayRecord()  # which, given them all at once, would write each
     for name, array in record.items():
-        copied[name] = _shared(array, array_type)
+        copied[name] = array.again() if isinstance(array, Unwritten) else _again(array)
     return copied
 
 
-def _shared(array: Array, array_type: type[Array]) -> Array:
-    return array_type(dtype=array.dtype, shape=array.shape, stype=array.stype, data=array.data)
+def _again(array: Array) -> Array:
+    return Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=array.data)

@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
 from privacy.signing import Anchor
+from strategies.handover import Unwritten
 from strategies.secure_sum.messages import Consent, KeyOffer, Reveal, SealedShare, Terms
 
 MESSAGE_VERSION = 1
@@ -62,7 +63,7 @@ WIRE_DTYPES = ("float32", "int64", "uint8", "uint16", "uint32", "int8")
 PROTOTYPE_SUMS = "prototype_sums"
 MEAN_LOSS = "mean_loss"
 CENTRE_SUM = "centre_sum"
-_DIGEST = "-digest"
+_DIGEST, _SHA256 = "-digest", "sha256"
 _OTHERS = ("correction", "prototypes")  # records of arrays beside "arrays"
 _ANCHOR_IMAGES, _WEIGHTS, _PROTOTYPES = "anchor_images", "weights/", "prototypes/"
 
@@ -385,10 +386,15 @@ class TrainRequest:
     secure: Terms | None = None
 
     @cached_property
+    def arrays_digest(self) -> str:
+        """Of the arrays alone."""
+        return digest_of(self.arrays)
+
+    @cached_property
     def digest(self) -> str:
         """Identity of the request; deadline, anchor and terms are no part: asked again, it is the same."""
         facts = [self.run, self.server_round, self.bundle, self.plan.model_dump(mode="json"), self.phase]
-        digests = [digest_of(self.arrays), digest_of(self.correction)]
+        digests = [self.arrays_digest, digest_of(self.correction)]
         if self.prototypes is not None:
             facts.append(self.prototypes.facts())
             digests.append(digest_of(self.prototypes.arrays()))
@@ -653,35 +659,55 @@ def _records(
     return records
 
 
-def _array_records(name: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, ArrayRecord | ConfigRecord]:
+def _array_records(name: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, ArrayRecord]:
     """The arrays, and their digest beside them; nothing where there are none."""
     if not arrays:
         return {}
-    sent = ArrayRecord({key: Array(np.asarray(value, order="C")) for key, value in arrays.items()})
-    return {name: sent, name + _DIGEST: ConfigRecord({"sha256": digest_of(arrays)})}
+    sent = {key: Unwritten.of(value) for key, value in arrays.items()}
+
+    def digest() -> NDArray[np.uint8]:
+        text = digest_of({key: value.numpy() for key, value in sent.items()})
+        return np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+
+    beside = {_SHA256: Unwritten(digest, dtype="uint8", shape=(32,))}
+    return {name: _record(sent), name + _DIGEST: _record(beside)}
+
+
+def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """A record of these very arrays; given them all at once, it would write each."""
+    record = ArrayRecord()
+    for key, value in arrays.items():
+        record[key] = value
+    return record
 
 
 def _arrays(content: RecordDict, name: str) -> Arrays:
+    """The arrays of a record; their digest is verified unless all were handed over in this process."""
     if name not in content:
         return {}
     record, digest = content[name], content.get(name + _DIGEST)
     if not isinstance(record, ArrayRecord):
         raise MessageError(f"the {name!r} record holds no arrays")
-    arrays: Arrays = {}
-    for key, value in record.items():
-        if value.dtype not in WIRE_DTYPES:
-            raise MessageError(
-                f"array {key!r}: dtype {value.dtype} does not travel; use one of {WIRE_DTYPES}"
-            )
-        if not value.data.startswith(np.lib.format.MAGIC_PREFIX):  # else NumPy may take it for an archive
-            raise MessageError(f"array {key!r} cannot be read")
-        try:
-            arrays[key] = value.numpy()
-        except (TypeError, ValueError, EOFError, OSError, MemoryError):
-            raise MessageError(f"array {key!r} cannot be read") from None
-    if not isinstance(digest, ConfigRecord) or digest.get("sha256") != digest_of(arrays):
+    arrays = {key: _values(key, value) for key, value in record.items()}
+    if all(isinstance(value, Unwritten) for value in record.values()):
+        return arrays
+    told = (
+        _values(_SHA256, digest[_SHA256]) if isinstance(digest, ArrayRecord) and _SHA256 in digest else None
+    )
+    if told is None or told.tobytes().hex() != digest_of(arrays):
         raise MessageError(f"the {name!r} record is not the one whose digest came with it")
     return arrays
+
+
+def _values(key: str, array: Array) -> NDArray[Any]:
+    if array.dtype not in WIRE_DTYPES:
+        raise MessageError(f"array {key!r}: dtype {array.dtype} does not travel; use one of {WIRE_DTYPES}")
+    if not isinstance(array, Unwritten) and not array.data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise MessageError(f"array {key!r} cannot be read")  # NumPy might take it for an archive
+    try:
+        return np.asarray(array.numpy())
+    except (TypeError, ValueError, EOFError, OSError, MemoryError):
+        raise MessageError(f"array {key!r} cannot be read") from None
 
 
 def require(message: object, expected: type[T]) -> T:

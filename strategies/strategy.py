@@ -16,6 +16,7 @@ from strategies.rules.mean import Mean
 from strategies.rules.norm_bound import MedianNormBound, NormBound
 from strategies.rules.robust import Krum, Median, TrimmedMean, fewest_for_krum, fewest_to_trim
 from strategies.rules.rule import CannotCombine, Rule
+from strategies.rules.spill import Scratch
 from strategies.settings import Settings
 
 StrategyName = Literal[
@@ -310,7 +311,9 @@ class Strategy:
             yield "fairness", self._fairness
 
 
-def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float = math.nan) -> Strategy:
+def strategy_of(
+    settings: StrategySettings, *, folder: Path, step_length: float = math.nan, memory_bytes: int = 0
+) -> Strategy:
     """The strategy that the settings name.
 
     Args:
@@ -319,6 +322,7 @@ def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float 
             lasts (twice the model for a mean, all updates for the robust rules), and what scaffold and feddyn
             remember of each site.
         step_length: Learning rate times steps of a round at a site; needed by scaffold alone.
+        memory_bytes: The sums of a mean stay in memory where they take at most so many bytes.
 
     Raises:
         CannotCombine: scaffold without a step length.
@@ -345,7 +349,7 @@ def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float 
             fairness = LossPower(own["fairness"])
         case "afl":
             fairness = WorstFirst(rate=own["loss_rate"], floor=own["floor"])
-    rule, sums = _rule_of(settings)
+    rule, sums = _rule_of(settings, Scratch(most_bytes=memory_bytes))
     return Strategy(
         partial(rule, folder=folder),
         sums=sums,
@@ -355,7 +359,7 @@ def strategy_of(settings: StrategySettings, *, folder: Path, step_length: float 
     )
 
 
-def _rule_of(settings: StrategySettings) -> tuple[Callable[..., Rule], bool]:
+def _rule_of(settings: StrategySettings, scratch: Scratch) -> tuple[Callable[..., Rule], bool]:
     """What makes the named rule from names, shapes and a folder; whether it sums."""
     own = settings.parameters
     match settings.name:
@@ -378,7 +382,7 @@ def _rule_of(settings: StrategySettings) -> tuple[Callable[..., Rule], bool]:
             mechanism = settings.hospital_dp(rounds=1)  # noise and bound are those of any round
             return partial(HospitalMean, mechanism=mechanism, noise=GaussianNoise()), HospitalMean.sums
         case _:
-            return Mean, Mean.sums
+            return partial(Mean, scratch=scratch), Mean.sums
 
 
 def _kebab(name: str) -> str:

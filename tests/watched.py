@@ -150,12 +150,12 @@ def _told(message: Message) -> Iterator[str]:
         yield f"error {message.error.code} {message.error.reason}"
         return
     for name, record in message.content.items():
-        if isinstance(record, ArrayRecord):
+        if isinstance(record, ArrayRecord) and set(record) == {"sha256"}:
+            yield f"{name} of the arrays"  # follows from them
+        elif isinstance(record, ArrayRecord):
             yield from (
                 f"{name}/{key} {array.dtype}{array.shape} {len(array.data)}" for key, array in record.items()
             )
-        elif isinstance(record, ConfigRecord) and set(record) == {"sha256"}:
-            yield f"{name} of the arrays"  # follows from them
         elif isinstance(record, ConfigRecord):
             facts = _masked(json.loads(str(record["json"])), FRESH)
             yield f"{name} {json.dumps({**record, 'json': facts})}"

@@ -1,6 +1,7 @@
 """Updates on disk: all that a rule holds of a round lies in an unnamed file and is worked on in blocks.
 
-So the coordinator's memory holds the model, one reply and some blocks, however many sites there are.
+So the coordinator's memory holds the model, one reply and some blocks, however many sites there are; and,
+where there is room for them, sums.
 """
 
 import tempfile
@@ -15,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from strategies.messages import Arrays
 from strategies.rules.rule import CannotCombine
 
-BLOCK = 2**18  # values of one piece: 2 MiB of float64, which a processor's cache holds
+BLOCK = 2**15  # values of one piece: 256 KiB of float64, of which a core's own cache holds some
 _MATRIX = 2**22  # values of one block of all updates together: 16 MiB of float32
 
 
@@ -108,24 +109,79 @@ class VectorFile:
         self._file.seek(start * self._dtype.itemsize)
         return np.frombuffer(self._file.read(count * self._dtype.itemsize), dtype=self._dtype)
 
+    def add(self, start: int, values: NDArray[Any]) -> None:
+        """Add to the values from ``start`` on."""
+        self.write(start, self.read(start, values.size) + values)
+
+
+class Scratch:
+    """Memory for the sum of one round after the other: what the kernel has cleared once, it clears only once.
+
+    Args:
+        most_bytes: A sum that takes more has no place in it.
+    """
+
+    def __init__(self, *, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._values = np.empty(0)
+
+    def zeros(self, count: int) -> NDArray[np.float64] | None:
+        """So many zeros, in the place of those given before; null: they have none."""
+        if count * self._values.itemsize > self._most_bytes:
+            return None
+        if self._values.size < count:
+            self._values = np.empty(count)
+        values = self._values[:count]
+        values.fill(0)
+        return values
+
+
+class VectorInMemory:
+    """Values in memory, read and added to by their position."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._values = values
+
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """So many values from ``start`` on; a view."""
+        return self._values[start : start + count]
+
+    def add(self, start: int, values: NDArray[Any]) -> None:
+        """Add to the values from ``start`` on."""
+        total = self.read(start, values.size)
+        np.add(total, values, out=total)
+
 
 class Sums:
-    """A running sum of scaled updates, in float64."""
+    """A running sum of scaled updates, in float64.
 
-    def __init__(self, like: Mapping[str, NDArray[Any]], folder: Path) -> None:
+    Args:
+        like: Names and shapes.
+        folder: Where the sum lies, in an unnamed file.
+        scratch: Where it lies instead, if it has a place there.
+    """
+
+    def __init__(
+        self, like: Mapping[str, NDArray[Any]], folder: Path, *, scratch: Scratch | None = None
+    ) -> None:
         self._like = like
-        size = sum(value.size for value in like.values())
-        self._file = VectorFile.unnamed(folder, np.float64, count=size)
+        count = sum(value.size for value in like.values())
+        zeros = None if scratch is None else scratch.zeros(count)
+        self._total: VectorFile | VectorInMemory = (
+            VectorFile.unnamed(folder, np.float64, count=count) if zeros is None else VectorInMemory(zeros)
+        )
 
     def add(self, update: Mapping[str, NDArray[Any]], factor: float) -> None:
         """Add ``factor`` times the update."""
+        block = np.empty(BLOCK)
         for piece in pieces(self._like):
-            scaled = np.multiply(piece.of(update), factor, dtype=np.float64)
-            self._file.write(piece.start, self.at(piece) + scaled)
+            scaled = block[: piece.size]
+            np.multiply(piece.of(update), factor, out=scaled, dtype=np.float64)
+            self._total.add(piece.start, scaled)
 
     def at(self, piece: Piece) -> NDArray[np.float64]:
-        """Values of the sum; read-only."""
-        return self._file.read(piece.start, piece.size)
+        """Values of the sum; not to be changed."""
+        return self._total.read(piece.start, piece.size)
 
     def over(self, divisor: float) -> Arrays:
         """The sum divided, rounded once to float32.

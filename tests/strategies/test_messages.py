@@ -1,4 +1,6 @@
+import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,11 @@ def same(left: Arrays, right: Arrays) -> bool:
     )
 
 
+def crossed(content: RecordDict) -> RecordDict:
+    """As it is in another process: a deep copy is made as a pickle is."""
+    return copy.deepcopy(content)
+
+
 def request(values: Arrays, **changes: Any) -> TrainRequest:
     fields: dict[str, Any] = {
         "run": "r", "server_round": 1, "bundle": "b", "plan": PLAN, "arrays": values,
@@ -96,14 +103,14 @@ def test_plain_messages_survive_the_wire(message: Hello | SiteFacts | Installed 
 @given(models)
 def test_a_request_survives_the_wire(values: Arrays) -> None:
     sent = request(values)
-    got = require(decode(encode(sent)), TrainRequest)
+    got = require(decode(crossed(encode(sent))), TrainRequest)
     assert same(got.arrays, values)
     assert (got.plan, got.deadline_unix_seconds, got.digest) == (PLAN, 5.0, sent.digest)
 
 
 @given(models)
 def test_a_release_survives_the_wire(values: Arrays) -> None:
-    got = require(decode(encode(Release(facts=FACTS, update=values))), Release)
+    got = require(decode(crossed(encode(Release(facts=FACTS, update=values)))), Release)
     assert same(got.update, values)
     assert got.facts == FACTS
 
@@ -111,7 +118,7 @@ def test_a_release_survives_the_wire(values: Arrays) -> None:
 @given(models)
 def test_a_bundle_survives_the_wire(values: Arrays) -> None:
     sent = bundle(weights=values)
-    got = require(decode(encode(sent)), PublicBundle)
+    got = require(decode(crossed(encode(sent))), PublicBundle)
     assert same(got.weights, values)
     assert got.anchor_texts == sent.anchor_texts
     assert got.digest == sent.digest
@@ -132,7 +139,7 @@ def prototypes(**changes: Any) -> PrototypeBank:
 @given(models)
 def test_a_bundle_with_prototypes_survives_the_wire(values: Arrays) -> None:
     sent = bundle(weights=values, prototypes=prototypes())
-    got = require(decode(encode(sent)), PublicBundle)
+    got = require(decode(crossed(encode(sent))), PublicBundle)
     assert same(got.weights, values)
     assert got.prototypes is not None
     assert got.prototypes.facts() == prototypes().facts()
@@ -178,7 +185,82 @@ def test_prototypes_that_are_none_are_refused(facts: Any, rule: str) -> None:
 
 def test_arrays_in_any_memory_layout_survive_the_wire() -> None:
     values = {"t": np.arange(6, dtype=np.float32).reshape(2, 3).T, "s": np.arange(9, dtype=np.float32)[::2]}
-    assert same(require(decode(encode(request(values))), TrainRequest).arrays, values)
+    for content in (encode(request(values)), crossed(encode(request(values)))):
+        assert same(require(decode(content), TrainRequest).arrays, values)
+
+
+@given(models)
+def test_within_a_process_arrays_are_the_sender_s_own_and_read_only(values: Arrays) -> None:
+    got = require(decode(encode(request(values))), TrainRequest)
+    assert same(got.arrays, values)
+    assert got.digest == request(values).digest
+    for name, value in got.arrays.items():
+        assert not value.flags.writeable
+        assert not value.size or np.shares_memory(value, values[name])
+
+
+def test_a_digest_is_made_where_arrays_leave_the_process_and_only_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Arrays] = []
+
+    def digest(arrays: Arrays) -> str:
+        made.append(arrays)
+        return digest_of(arrays)
+
+    monkeypatch.setattr(messages, "digest_of", digest)
+    content = encode(request({"w": np.ones(2, dtype=np.float32)}))
+    decode(content)
+    assert made == []
+    arrived = crossed(content)
+    assert len(made) == 1
+    decode(arrived)
+    assert len(made) == 2
+
+
+def replaced(content: RecordDict) -> None:
+    content["arrays"]["w"] = Array(np.zeros(2, dtype=np.float32))
+
+
+def renamed(content: RecordDict) -> None:
+    content["arrays"]["v"] = content["arrays"].pop("w")
+
+
+def added(content: RecordDict) -> None:
+    content["arrays"]["v"] = Array(np.zeros(2, dtype=np.float32))
+
+
+def without_digest(content: RecordDict) -> None:
+    del content["arrays-digest"]
+
+
+def with_an_empty_digest(content: RecordDict) -> None:
+    content["arrays-digest"] = ArrayRecord()
+
+
+def with_a_digest_of_another_kind(content: RecordDict) -> None:
+    content["arrays-digest"] = ConfigRecord({"sha256": digest_of({"w": np.ones(2, dtype=np.float32)})})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [replaced, renamed, added, without_digest, with_an_empty_digest, with_a_digest_of_another_kind],
+)
+def test_arrays_that_came_from_elsewhere_are_those_of_their_digest(
+    damage: Callable[[RecordDict], None],
+) -> None:
+    content = crossed(encode(request({"w": np.ones(2, dtype=np.float32)})))
+    damage(content)
+    with pytest.raises(MessageError, match="is not the one whose digest came with it"):
+        decode(content)
+
+
+def test_one_array_from_elsewhere_among_those_handed_over_is_found() -> None:
+    values = {"v": np.ones(2, dtype=np.float32), "w": np.ones(2, dtype=np.float32)}
+    content = encode(request(values))
+    replaced(content)
+    with pytest.raises(MessageError, match="is not the one whose digest came with it"):
+        decode(content)
 
 
 def test_neither_deadline_nor_anchor_is_part_of_a_request_s_identity() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from strategies.messages import Arrays, MessageError
 from strategies.rules.mean import Mean
 from strategies.rules.rule import CannotCombine
+from strategies.rules.spill import Scratch
 from tests.strategies.updates import Round, one, room, rounds
 
 
@@ -40,6 +41,27 @@ def test_the_same_order_gives_the_same_bits(case: Round) -> None:
             return [value.tobytes() for value in mean.result().values()]
 
     assert once() == once()
+
+
+@given(rounds())
+def test_sums_in_memory_and_on_disk_are_the_same_bits(case: Round) -> None:
+    like, updates = case
+    with room() as folder:
+        scratch = Scratch(most_bytes=2**30)
+        for _ in range(2):  # the second finds what the first left there
+            on_disk, in_memory = Mean(like, folder=folder), Mean(like, folder=folder, scratch=scratch)
+            for update, weight in updates:
+                on_disk.fold("site", update, weight)
+                in_memory.fold("site", update, weight)
+            left, right = on_disk.result(), in_memory.result()
+            assert {name: value.tobytes() for name, value in left.items()} == {
+                name: value.tobytes() for name, value in right.items()
+            }
+
+
+@pytest.mark.parametrize(("most_bytes", "in_memory"), [(8 * 5, True), (8 * 5 - 1, False), (0, False)])
+def test_sums_stay_in_memory_up_to_the_bytes_given(most_bytes: int, in_memory: bool) -> None:
+    assert (Scratch(most_bytes=most_bytes).zeros(5) is not None) is in_memory
 
 
 @given(rounds(fewest=2))
