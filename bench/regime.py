@@ -38,6 +38,7 @@ from clipward.simulate import run_sites, together
 from clipward.summary import summarise
 from clipward.synthetic import synthesize
 from privacy.planning import Plan
+from privacy.regime import Measured
 from server.evaluation import EvaluationSet
 from server.federation import Checkpoints, Evaluation, Federation
 from server.metrics import read_events
@@ -50,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "bench" / "regime.json"
 SITES, SEED, IMAGE_SIZE = 2, 7, 64
 HELD_OUT, PUBLIC = 300, 1200  # patients of each hospital to measure on, and of the public collection
-PLAIN_BATCH = 128
+PLAIN_BATCH, LEAST_LIFT = 128, 1.0
 LIFTED = ("retrieval.image_to_text.r10", "retrieval.text_to_image.r10")
 SIZES, EPSILONS = "300,1000,3000,10000", "1,3,8,none"
 QUICK = ("heads", "120,240", "8,none", "off,on")  # as the options
@@ -265,6 +266,25 @@ def lift(row: Mapping[str, Any]) -> float:
     return 100 * float(np.mean([row["end"][measure] - row["start"][measure] for measure in LIFTED]))
 
 
+def measured(rows: Sequence[Mapping[str, Any]]) -> tuple[Measured, ...]:
+    """What plans read (`privacy.regime.MEASURED`): of each private arm without prototypes, the share kept.
+
+    Arms whose training adds less than `LEAST_LIFT` without privacy are left out: their share is chance.
+    """
+    plain = {(row["part"], row["patients"]): lift(row) for row in rows if row["epsilon"] is None}
+    found = [
+        Measured(
+            parameters=row["parameters"],
+            noise_to_signal=float(f"{row['noise_to_signal']:.4g}"),
+            share=round(min(1.0, max(0.0, lift(row) / whole)), 2),
+        )
+        for row in rows
+        if row["epsilon"] is not None and not row["prototypes"]
+        if (whole := plain.get((row["part"], row["patients"]), 0.0)) >= LEAST_LIFT
+    ]
+    return tuple(sorted(found, key=lambda one: (one.parameters, one.noise_to_signal)))
+
+
 # --- the rows -----------------------------------------------------------------------------------------------
 
 
@@ -403,6 +423,9 @@ def main(
         Path | None, typer.Option("--json", help="File that keeps the rows; by default bench/regime.json.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the lifts into a .png or .svg.")] = None,
+    for_plans: Annotated[
+        bool, typer.Option("--measured", help="Print what privacy/regime.py holds for plans instead.")
+    ] = False,
 ) -> None:
     """Measure the lift over the public start against patients, epsilon, share and prototypes.
 
@@ -417,7 +440,7 @@ def main(
     rows = complete(study, arms, kept, train=train, tell=lambda text: typer.echo(text, err=True))
     if picture is not None:
         draw(arms, rows, picture)
-    typer.echo(table(arms, rows))
+    typer.echo("\n".join(f"{one!r}," for one in measured(rows)) if for_plans else table(arms, rows))
 
 
 def arms_asked(parts: str, sizes: str, epsilons: str, prototypes: str) -> list[Arm]:

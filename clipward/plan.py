@@ -138,6 +138,7 @@ def document(plan: "Plan", *, studies: Sequence[int]) -> dict[str, Any]:
         "sensitivity": plan.sensitivity,
         "noise_std": plan.noise_std,
         "noise_to_signal": plan.noise_to_signal,
+        "share_of_lift": plan.share_of_lift,
         "unit": "patient",
         "adjacency": "add_remove",
         "epsilon": _finite(plan.epsilon),
@@ -253,6 +254,12 @@ def _rows(plan: "Plan", priced: Mapping[str, Any]) -> Iterator[tuple[str, str, s
     if plan.noise_to_signal is not None:
         over = "one site" if plan.sites == 1 else f"the average of {plan.sites} sites"
         yield "noise over largest signal", f"{plan.noise_to_signal:.3g}", f"per step, {over}"
+    if plan.share_of_lift is not None:
+        yield (
+            "lift that is kept",
+            f"{plan.share_of_lift:.0%}",
+            "of the lift without privacy",
+        )
     yield "", "", ""
     yield "epsilon of every patient", _printed(plan.epsilon), "the promise"
     for name, value in plan.renyi_epsilons.items():

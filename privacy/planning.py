@@ -18,12 +18,12 @@ from privacy.accounting import (
 )
 from privacy.errors import ImpossiblePlan, NoiseOutOfRange
 from privacy.mechanism import MECHANISMS, AnchoredDpSgd, Kind, MicrobatchDpSgd
+from privacy.regime import most_noise, share_of_lift
 
 # Past these a plan is told what to reconsider. Rules of thumb, all of them.
 WEAK_EPSILON = 8.0
 FEW_PATIENTS = 500
 LARGE_SAMPLE_RATE = 0.5  # what a site refuses, unless its policy says otherwise
-DROWNED = 2.0  # the demo learns at 0.7; the departments of vqamed2019, with both heads at 2.4 to 6.9, do not
 
 # A comparison's grid follows its cost, which keeps rounding below one percent of it; and past this much there
 # is nothing left to compare.
@@ -199,9 +199,20 @@ class Plan:
         return self.noise_std * math.sqrt(self.parameters / self.sites) / largest
 
     @property
+    def share_of_lift(self) -> float | None:
+        """What is expected to be left of the lift that the same training has without privacy.
+
+        Read from the runs of `privacy.regime`, over a public start and with the anchored loss. None where
+        ``noise_to_signal`` cannot be known.
+        """
+        if self.parameters is None or self.noise_to_signal is None:
+            return None
+        return share_of_lift(parameters=self.parameters, noise_to_signal=self.noise_to_signal)
+
+    @property
     def concerns(self) -> tuple[Concern, ...]:
         """What to reconsider, worst first."""
-        n, ratio = self.patients_declared, self.noise_to_signal or 0.0
+        n = self.patients_declared
         found = {
             "delta": (
                 self.delta > 1 / (10 * n) * (1 + 1e-9),
@@ -215,10 +226,8 @@ class Plan:
                 "fewer steps",
             ),
             "noise": (
-                ratio > DROWNED,
-                f"the noise of a step is expected to be {ratio:.1f} times the largest gradient there can be: "
-                "expect little to be learned; train fewer weights (heads, LoRA), draw more patients a step, "
-                "take fewer steps, or bring more patients and hospitals together",
+                self._too_much_noise is not None,
+                self._too_much_noise or "",
             ),
             "patients": (
                 n < FEW_PATIENTS,
@@ -238,6 +247,26 @@ class Plan:
             ),
         }
         return tuple(Concern(about=about, text=text) for about, (holds, text) in found.items() if holds)
+
+    @property
+    def _too_much_noise(self) -> str | None:
+        """What a hospital is told whose cohort is too small for what it asks, and what would be enough."""
+        ratio, kept = self.noise_to_signal, self.share_of_lift
+        if self.parameters is None or ratio is None or kept is None:
+            return None
+        enough = most_noise(parameters=self.parameters)
+        if ratio <= enough:
+            return None
+        quiet = share_of_lift(parameters=self.parameters, noise_to_signal=0.0)
+        patients, sites = ratio / enough * self.patients_declared, (ratio / enough) ** 2 * self.sites
+        return (
+            f"{self.patients_declared:,} patients are too few for this epsilon: the noise of a step is "
+            f"{ratio:.1f} times the largest gradient there can be. Expect at most {kept:.0%} of what "
+            f"training adds to a public start without privacy; runs with least noise kept {quiet:.0%}, and "
+            f"half of that was seen with the noise of about {_rounded_up(patients):,} patients, drawn in the "
+            f"same share, or {math.ceil(sites):,} such hospitals together (docs/results.md). Or train fewer "
+            "weights (heads, LoRA), take fewer steps, or promise a larger epsilon"
+        )
 
 
 def make_plan(
@@ -357,6 +386,12 @@ def _study_epsilon(event: PoissonGaussian, studies: int, delta: float, cost: flo
 def _grid(steps: int, cost: float) -> float:
     """Rounding to a grid h adds about steps * h^2 / 8 to epsilon (connect the dots)."""
     return max(_FINEST_GRID, math.sqrt(_GRID_SHARE * cost / steps))
+
+
+def _rounded_up(count: float) -> int:
+    """To two digits: a third one would claim more than is known."""
+    unit = 10.0 ** max(0, math.floor(math.log10(count)) - 1)
+    return round(math.ceil(count / unit) * unit)
 
 
 def _power_of_e(exponent: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from privacy.regime import MEASURED
 from server.federation import Federation
 
 ROOT = Path(__file__).parents[2]
@@ -147,13 +148,31 @@ def test_a_word_that_means_nothing_is_named(words: tuple[str, ...]) -> None:
 
 def test_the_rows_that_are_kept_are_of_these_settings() -> None:
     """Else a change has made them worthless: raise VERSION, and train the study anew."""
-    words = BENCH["SIZES"], BENCH["EPSILONS"], "off,on"
-    study = BENCH["Study"](CONFIG, Path("anywhere"))
-    known = {study.digest(each) for each in BENCH["arms_asked"](",".join(BENCH["RECIPES"]), *words)}
-    kept = BENCH["kept_rows"](BENCH["ROWS"])
-    assert set(kept) <= known
-    for each in kept.values():
+    study, kept = BENCH["Study"](CONFIG, Path("anywhere")), BENCH["kept_rows"](BENCH["ROWS"])
+    assert kept
+    for digest, each in kept.items():
+        asked = {name: each[name] for name in ("part", "patients", "epsilon", "prototypes")}
+        assert study.digest(arm(**asked)) == digest
+        assert (each["epsilon_spent"] is None) == (each["epsilon"] is None)
         assert each["epsilon_spent"] is None or each["epsilon_spent"] <= each["epsilon"]
+
+
+def test_plans_read_what_the_rows_say() -> None:
+    assert BENCH["measured"](list(BENCH["kept_rows"](BENCH["ROWS"]).values())) == MEASURED
+
+
+def test_a_share_is_of_the_same_training_without_privacy() -> None:
+    facts = {"parameters": 9, "noise_to_signal": 1.23456}
+    rows = [
+        row(4.0, epsilon=None),
+        row(0.5, epsilon=None, patients=300),
+        row(1.0, **facts),
+        row(9.0, **facts, prototypes=True),
+        row(-1.0, **{**facts, "noise_to_signal": 5.0}),
+        row(0.5, **facts, patients=300),
+    ]
+    read = [(one.noise_to_signal, one.share) for one in BENCH["measured"](rows)]
+    assert read == [(1.235, 0.25), (5.0, 0.0)]
 
 
 @pytest.mark.slow

@@ -107,7 +107,10 @@ def test_a_warning_names_value_and_remedy() -> None:
     printed = done(*PLANNED, "--delta", 1e-3, "--parameters", 10**8)
     assert "warning: delta = 0.001 is above 1/(10 x 10,000)" in printed
     assert "take 1e-05 or less" in printed
-    assert "warning: the noise of a step is expected to be 100.0 times the largest gradient" in printed
+    assert (
+        "warning: 10,000 patients are too few for this epsilon: the noise of a step is 100.0 times" in printed
+    )
+    assert row(printed, "lift that is kept").endswith("%")
 
 
 def test_json_holds_the_same_plan() -> None:
@@ -220,7 +223,7 @@ def test_a_picture_is_drawn_as_svg_with_its_words_and_the_signal_where_it_is_kno
         "steps of the whole run",
         "patients declared",
         "expected patients per step",
-        "drowned above",
+        "little is kept above",
     ):
         assert words in texts
     again = tmp_path / "again.svg"

@@ -12,7 +12,8 @@ import privacy.accounting as accounting
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.errors import ImpossiblePlan, NoiseOutOfRange
 from privacy.mechanism import Kind
-from privacy.planning import DROWNED, Plan, make_plan
+from privacy.planning import Plan, make_plan
+from privacy.regime import most_noise, share_of_lift
 
 
 def forward(**changes: Any) -> Plan:
@@ -195,7 +196,11 @@ def test_a_sound_plan_raises_no_concern() -> None:
     [
         ({"delta": 1.1e-5}, "delta", r"above 1/\(10 x 10,000\).* take 1e-05 or less"),
         ({"noise_multiplier": 0.5, "delta": 1e-6}, "epsilon", "is weak.*more noise or fewer steps"),
-        ({"parameters": 10**8}, "noise", r"100\.0 times the largest gradient.*LoRA"),
+        (
+            {"parameters": 10**10},
+            "noise",
+            r"10,000 patients are too few.* 1000\.0 times the largest gradient.* [\d,]+ such hospitals.*LoRA",
+        ),
         ({"patients_declared": 499, "batch": 1, "steps": 1}, "patients", "499 patients are few"),
         ({"batch": 5_001, "steps": 1, "noise_multiplier": 5.0}, "sample_rate", "draws 50% of all"),
         ({"batch": 0.5}, "batch", r"expects 0\.5 patients: most steps release noise"),
@@ -210,9 +215,49 @@ def test_a_concern_names_the_value_and_the_remedy(changes: dict[str, Any], about
 def test_thresholds_themselves_are_no_concern() -> None:
     at_the_edge = forward(patients_declared=500, batch=250, steps=1, noise_multiplier=5.0, delta=2e-4)
     assert concerns(at_the_edge) == {}
-    drowned = forward(parameters=round(10_000 * DROWNED**2))
-    assert drowned.noise_to_signal == DROWNED
-    assert concerns(drowned) == {}
+    batch = math.sqrt(65_536) / most_noise(parameters=65_536)
+    for factor, about in ((1.001, []), (0.999, ["noise"])):
+        assert list(concerns(forward(parameters=65_536, batch=factor * batch))) == about
+
+
+def of_the_study(patients: int, epsilon: float, **changes: Any) -> Plan:
+    """All weights of the small model in eight large steps, as bench/regime.py trains them."""
+    recipe = {"batch": 0.4 * patients, "steps": 8, "parameters": 7_696_896}
+    return make_plan(**{"patients_declared": patients, "epsilon": epsilon, **recipe, **changes})
+
+
+def test_a_hospital_is_warned_where_its_cohort_is_too_small_for_its_epsilon() -> None:
+    assert "300 patients are too few for this epsilon" in concerns(of_the_study(300, 1.0))["noise"]
+    assert "noise" not in concerns(of_the_study(10_000, 8.0))
+
+
+def test_more_patients_hospitals_or_epsilon_keep_no_less() -> None:
+    plans = [of_the_study(300, 1.0), of_the_study(300, 8.0), of_the_study(3_000, 8.0)]
+    plans.append(of_the_study(3_000, 8.0, sites=8))
+    kept = [plan.share_of_lift or 0.0 for plan in plans]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
+    warned = ["noise" in concerns(plan) for plan in plans]
+    assert warned == sorted(warned, reverse=True)
+
+
+def test_what_a_warning_says_would_be_enough_is_enough() -> None:
+    few = of_the_study(300, 1.0)
+    words = concerns(few)["noise"]
+    patients, sites = (
+        int(found[1].replace(",", ""))
+        for pattern in (r"about ([\d,]+) patients, drawn", r"or ([\d,]+) such hospitals")
+        if (found := re.search(pattern, words))
+    )
+    assert patients > 300
+    assert sites > 1
+    assert "noise" not in concerns(of_the_study(patients, 1.0, delta=few.delta))
+    assert "noise" not in concerns(of_the_study(300, 1.0, sites=sites))
+
+
+def test_nothing_is_said_of_a_lift_where_the_weights_are_not_known() -> None:
+    assert forward().share_of_lift is None
+    assert forward(parameters=10_000).share_of_lift == share_of_lift(parameters=10_000, noise_to_signal=1.0)
 
 
 def test_no_protection_is_infinity_and_no_comparison_is_made_of_it() -> None:
