@@ -13,8 +13,7 @@ from clipward.charts import FIRST, INK, MUTED, RULE, SECOND, STYLE
 from clipward.summary import epsilon_text
 from privacy.accounting import PoissonGaussian, epsilon, noise_multiplier_for
 from privacy.errors import ImpossiblePlan, NoiseOutOfRange
-from privacy.planning import Plan
-from privacy.regime import most_noise
+from privacy.planning import DROWNED, Plan
 
 Progress = Callable[[int, int], None]
 
@@ -88,10 +87,8 @@ def _signal_chart(axes: Any, plan: Plan, noises: dict[float, float]) -> None:
     batches = [plan.batch / factor for factor in noises]
     ratios = [ratio * factor * noise / plan.noise_multiplier for factor, noise in noises.items()]
     axes.plot(batches, ratios, color=COLOURS[SECOND], marker="o", markersize=3)
-    if plan.parameters is not None:
-        style = {"color": COLOURS[MUTED], "linewidth": 1, "linestyle": (0, (4, 3))}
-        axes.axhline(most_noise(parameters=plan.parameters), label="little is kept above", **style)
-        axes.legend(fontsize=9)
+    axes.axhline(DROWNED, color=COLOURS[MUTED], linewidth=1, linestyle=(0, (4, 3)), label="drowned above")
+    axes.legend(fontsize=9)
     title = f"Noise over signal at ε = {epsilon_text(plan.epsilon)}, {plan.patients_declared:,} patients"
     _finish(axes, batches, "expected patients per step", "noise / largest signal", title)
     _mark(axes, plan.batch, ratio)

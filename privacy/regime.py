@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-LITTLE = 1 / 2  # of what is kept with least noise; a plan that is expected to keep less is told so
-
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -58,22 +56,6 @@ def share_of_lift(*, parameters: int, noise_to_signal: float) -> float:
     """
     noises, shares = _curve(_nearest(parameters))
     return float(np.interp(math.log(max(noise_to_signal, noises[0])), np.log(noises), shares))
-
-
-def most_noise(*, parameters: int) -> float:
-    """The most noise over signal that still keeps `LITTLE` of the share that is kept with least noise.
-
-    What is missing with least noise was not taken by noise: a loss that decomposes over patients learns less
-    than one that does not. Where every arm keeps that much, it is the noise of the last: nothing is known of
-    more.
-    """
-    noises, shares = _curve(_nearest(parameters))
-    least = LITTLE * shares[0]
-    kept = int(np.flatnonzero(shares >= least)[-1])
-    if kept + 1 == len(noises):
-        return float(noises[kept])
-    around = [kept + 1, kept]  # np.interp wants rising shares
-    return float(np.exp(np.interp(least, shares[around], np.log(noises[around]))))
 
 
 def _nearest(parameters: int) -> int:

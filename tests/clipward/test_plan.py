@@ -223,7 +223,7 @@ def test_a_picture_is_drawn_as_svg_with_its_words_and_the_signal_where_it_is_kno
         "steps of the whole run",
         "patients declared",
         "expected patients per step",
-        "little is kept above",
+        "drowned above",
     ):
         assert words in texts
     again = tmp_path / "again.svg"

@@ -12,8 +12,8 @@ import privacy.accounting as accounting
 from privacy.accounting import PoissonGaussian, epsilon
 from privacy.errors import ImpossiblePlan, NoiseOutOfRange
 from privacy.mechanism import Kind
-from privacy.planning import Plan, make_plan
-from privacy.regime import most_noise, share_of_lift
+from privacy.planning import DROWNED, Plan, make_plan
+from privacy.regime import share_of_lift
 
 
 def forward(**changes: Any) -> Plan:
@@ -215,9 +215,9 @@ def test_a_concern_names_the_value_and_the_remedy(changes: dict[str, Any], about
 def test_thresholds_themselves_are_no_concern() -> None:
     at_the_edge = forward(patients_declared=500, batch=250, steps=1, noise_multiplier=5.0, delta=2e-4)
     assert concerns(at_the_edge) == {}
-    batch = math.sqrt(65_536) / most_noise(parameters=65_536)
-    for factor, about in ((1.001, []), (0.999, ["noise"])):
-        assert list(concerns(forward(parameters=65_536, batch=factor * batch))) == about
+    drowned = forward(parameters=round(10_000 * DROWNED**2))
+    assert drowned.noise_to_signal == DROWNED
+    assert concerns(drowned) == {}
 
 
 def of_the_study(patients: int, epsilon: float, **changes: Any) -> Plan:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privacy.regime import LITTLE, MEASURED, most_noise, share_of_lift
+from privacy.regime import MEASURED, share_of_lift
 
 WEIGHTS = sorted({one.parameters for one in MEASURED})
 NOISES = {
@@ -40,14 +40,3 @@ def test_arms_of_about_as_many_weights_are_read() -> None:
         assert share_of_lift(parameters=round(1.1 * weights), noise_to_signal=5.0) == share_of_lift(
             parameters=weights, noise_to_signal=5.0
         )
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_the_most_noise_is_where_half_of_the_quietest_share_is_still_kept(weights: int) -> None:
-    most, last = most_noise(parameters=weights), max(NOISES[weights])
-    least = LITTLE * share_of_lift(parameters=weights, noise_to_signal=0.0)
-    assert least > 0
-    assert share_of_lift(parameters=weights, noise_to_signal=most) >= least - 1e-9
-    if most < last:
-        assert share_of_lift(parameters=weights, noise_to_signal=1.01 * most) < least + 1e-9
-        assert share_of_lift(parameters=weights, noise_to_signal=last) < least
