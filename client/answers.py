@@ -290,13 +290,13 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
     part = _ready(site, request)
     if request.phase == "centre":
         return _centre_without_claim(site, request, part)
-    _, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
+    anchors, data = _data(site, request, part)
     started = time.monotonic()
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
-    pairs = training_data(site.folder, part, texts).pairs
     difference = train_plainly(
         part,
-        pairs,
+        data,
+        anchors,
         request.plan,
         rng=np.random.default_rng(seed),
         server_round=request.server_round,
@@ -304,7 +304,7 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
         kept=kept_optimizer(site.folder, request.run) if request.plan.keep_optimizer else None,
     )
     update = _kept_and_packed(site, request, part, difference)
-    steps = plain_steps(request.plan, pairs=len(pairs))
+    steps = plain_steps(request.plan, pairs=len(data.pairs))
     facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
     return Release(facts=facts, update=update)
 

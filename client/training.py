@@ -11,7 +11,7 @@ from client.batches import TrainingData, rows_by_patient
 from client.drift import correct_drift
 from client.engines import MakeEngine, engine_maker
 from client.objectives import Anchors, objective_of
-from encoders.fitting import Pairs, fit_infonce
+from encoders.fitting import ANCHOR_REFRESH_STEPS, PublicTexts, fit_infonce
 from encoders.parts import TrainablePart, of_image_side
 from privacy.errors import UnsoundTraining
 from privacy.mechanism import Mechanism
@@ -23,7 +23,6 @@ from privacy.sampling import poisson_sample
 from strategies.messages import Arrays, TrainingPlan
 from strategies.share import trained
 
-ANCHOR_REFRESH_STEPS = 20
 WARM_UP = 0.1
 BOOK_KEEPING = engine_maker()
 OptimizerState = dict[str, Any]
@@ -99,7 +98,8 @@ def train_privately(
 
 def train_plainly(
     part: TrainablePart,
-    pairs: Pairs,
+    data: TrainingData,
+    anchors: Anchors,
     plan: TrainingPlan,
     *,
     rng: np.random.Generator,
@@ -111,7 +111,9 @@ def train_plainly(
 
     Args:
         part: Has the round's weights in it.
-        pairs: The site's training pairs.
+        data: The site's training pairs. With soft positives each image is also asked for those among the
+            anchors' texts.
+        anchors: The public bank; without soft positives it is not used.
         plan: What the coordinator asks.
         rng: Orders and augments.
         server_round: From 1; decides what is trained and where the learning-rate schedule is.
@@ -122,6 +124,7 @@ def train_plainly(
         Trained minus given weights, float32, of what this round trains.
     """
     before = _begin(part, plan, server_round)
+    pairs, shares = data.pairs, data.positives
     steps = plain_steps(plan, pairs=len(pairs))
     optimizer, schedule = _optimizer(
         part, plan, server_round=server_round, steps=steps, correction=correction, kept=kept
@@ -135,6 +138,7 @@ def train_plainly(
         inverse_temperature=plan.inverse_temperature,
         augmented=plan.augment,
         rng=rng,
+        public=None if shares is None else PublicTexts(texts=anchors.texts, shares=shares),
         on_step=lambda _: schedule.step(),
     )
     if kept is not None:

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from encoders.augmentation import augment
-from encoders.objectives import infonce_loss
+from encoders.objectives import infonce_loss, prototype_loss
 from encoders.parts import TrainablePart
 
 LARGEST_GRADIENT = 1.0
+ANCHOR_REFRESH_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,21 @@ class Pairs:
         return len(self.text_keys)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublicTexts:
+    """Public texts that images are told apart by, besides the texts of their batch.
+
+    Where all texts of a site share what they are about, no batch of its own asks for that; these do.
+
+    Attributes:
+        texts: Inputs of one `TrainablePart`, one row a text, K of them.
+        shares: How far pair i's own text says what public text k says, in [0, 1], float32, shape (N, K).
+    """
+
+    texts: Tensor
+    shares: Tensor
+
+
 def fit_infonce(
     part: TrainablePart,
     pairs: Pairs,
@@ -61,9 +77,14 @@ def fit_infonce(
     inverse_temperature: float,
     augmented: bool,
     rng: np.random.Generator,
+    public: PublicTexts | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Take ``steps`` steps of InfoNCE over reshuffled pairs; changes the part's weights in place."""
+    """Take ``steps`` steps of InfoNCE over reshuffled pairs; changes the part's weights in place.
+
+    With ``public`` the mean `prototype_loss` of the batch's images is added: an image has to tell which
+    public texts say what its own says. They are embedded without gradient, anew every `ANCHOR_REFRESH_STEPS`.
+    """
     parameters = list(part.parameters().values())
     batches = shuffled_batches(len(pairs), batch=batch, rng=rng)
     for step in range(steps):
@@ -79,6 +100,21 @@ def fit_infonce(
             same_text=keys[:, None] == keys[None, :],
             inverse_temperature=inverse_temperature,
         )
+        if public is not None:
+            if step % ANCHOR_REFRESH_STEPS == 0:
+                with torch.no_grad():
+                    anchors = part.module.embed_texts(part.trimmed(public.texts))
+            shares = public.shares[rows]
+            loss = (
+                loss
+                + prototype_loss(
+                    image_embeddings,
+                    anchors=anchors,
+                    masked=torch.zeros_like(shares, dtype=torch.bool),
+                    positives=shares,
+                    inverse_temperature=inverse_temperature,
+                ).mean()
+            )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)

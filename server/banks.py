@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.prompts import PROMPTS
+from tasks.views import view_sentences
 
 COARSE_PIXELS = 8  # of noise: finer, an image tower would see grey
 T = TypeVar("T")
@@ -39,6 +40,11 @@ def label_prompts() -> PublicAnchors:
     """The sentences of zero-shot classification: findings that are there, and that are not."""
     pairs = PROMPTS.values()
     return PublicAnchors(texts=tuple(text for pair in pairs for text in (*pair.positive, *pair.negative)))
+
+
+def view_texts() -> PublicAnchors:
+    """How radiology captions begin: plane, technique, region, and a finding."""
+    return PublicAnchors(texts=view_sentences())
 
 
 def noise_images(count: int, *, size: int) -> PublicAnchors:

@@ -91,8 +91,8 @@ class Share(Settings):
         return self
 
 
-AnchorSource = Literal["public", "prompts", "synthetic", "noise"]
-TEXT_SOURCES: frozenset[AnchorSource] = frozenset({"public", "prompts", "synthetic"})
+AnchorSource = Literal["public", "prompts", "views", "synthetic", "noise"]
+TEXT_SOURCES: frozenset[AnchorSource] = frozenset({"public", "prompts", "views", "synthetic"})
 IMAGE_SOURCES: frozenset[AnchorSource] = frozenset({"public", "synthetic", "noise"})
 
 
@@ -104,15 +104,16 @@ class Objective(Settings):
             groups of patients, so it may too, with twice the noise; ``infonce`` may not.
         anchors: At most so many texts and as many images every patient is contrasted with.
         anchors_from: Where they come from, in turn: ``public`` pairs of the public start, label ``prompts``
-            (texts), ``synthetic`` pairs of phantoms and their reports, ``noise`` (images). Without it public
-            pairs if there are any, else prompts and noise.
+            and ``views`` of organs (texts), ``synthetic`` pairs of phantoms and their reports, ``noise``
+            (images). Without it public pairs if there are any, else prompts and noise.
         prototypes: File of prototypes that were released with differential privacy before; they join the
             anchors, over and above their number. It is not checked that what they cost was charged.
         form: Of the anchored loss: softmax (one choice among partner and anchors) or sigmoid (a yes or no
             for each of them).
         logit_bias: b of the sigmoid form; about -log(anchors) lets partner and anchors weigh alike at first.
         soft_positives: Anchors whose text is at least so similar to a pair's (cosine of word counts) are
-            partly right for it; without, those that say the same are left out.
+            partly right for it; without, those that say the same are left out. With ``infonce`` an image is
+            asked for them besides its own text, and without soft positives anchors are not used.
         groups: Of microbatch; batch / groups patients are expected in one.
     """
 
@@ -144,8 +145,8 @@ class Objective(Settings):
             raise ValueError("anchors-from names a source twice")
         if not TEXT_SOURCES & set(sources) or not IMAGE_SOURCES & set(sources):
             raise ValueError(
-                "anchors-from needs a source of texts (public, prompts or synthetic) and one of images "
-                "(public, synthetic or noise)"
+                "anchors-from needs a source of texts (public, prompts, views or synthetic) and one of "
+                "images (public, synthetic or noise)"
             )
         return self
 

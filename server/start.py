@@ -15,7 +15,7 @@ from encoders.clip import ClipEncoder, build
 from encoders.parts import PartEmbedder, TrainablePart, trainable_part
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError
-from server.banks import PublicAnchors, anchor_bank, label_prompts, noise_images
+from server.banks import PublicAnchors, anchor_bank, label_prompts, noise_images, view_texts
 from server.errors import RunError
 from server.evaluation import EvaluationSet, evaluator
 from server.federation import AnchorSource, Federation
@@ -122,7 +122,12 @@ def bundle_of(
         RunError: a source of the federation's anchors is not there.
     """
     count, size = federation.objective.anchors, encoder.preprocessing.image_size
-    sources = {"prompts": label_prompts(), "noise": noise_images(count, size=size), **prepared}
+    sources: dict[AnchorSource, PublicAnchors] = {
+        "prompts": label_prompts(),
+        "views": view_texts(),
+        "noise": noise_images(count, size=size),
+        **prepared,
+    }
     if missing := [name for name in federation.anchor_sources if name not in sources]:
         raise RunError(f"anchors from {missing[0]!r} must be prepared: run 'clipward start' with this file")
     bank = anchor_bank([sources[name] for name in federation.anchor_sources], count=count)

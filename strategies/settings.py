@@ -54,7 +54,7 @@ class ModelSettings(Settings):
     """Which CLIP model, as the coordinator's file or a site's names it.
 
     Attributes:
-        encoder: ``tiny``, ``tiny-wide-text``, ``vit-b-16``, or a local Hugging Face folder with a CLIP model.
+        encoder: ``tiny``, ``thumbnail``, ``vit-b-16``, or a local Hugging Face folder with a CLIP model.
         image_size: Pixels of the square model input; ignored for a folder, which knows its own.
         max_tokens: Longest text; ignored for a folder.
         seed: Initial weights.

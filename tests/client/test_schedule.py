@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.batches import TrainingData
+from client.objectives import Anchors
 from client.training import plain_batch, plain_steps, rate_factor, train_plainly
 from encoders.clip import ClipEncoder
 from encoders.fitting import Pairs
@@ -63,10 +66,12 @@ def test_a_kept_optimizer_makes_two_rounds_one_training() -> None:
     def trained(rounds: int, steps: int, kept: dict[str, object] | None) -> list[np.ndarray]:
         part = trainable_part(ClipEncoder.parse(encoder.describe(), encoder.weights()), "heads", lora_rank=1)
         pairs = Pairs.of(part, images, texts)
+        data = TrainingData(pairs=pairs, patients=np.arange(4), masked=torch.zeros(4, 1, dtype=torch.bool))
+        anchors = Anchors(images=pairs.images[:1], texts=pairs.texts[:1])
         plan = plan_of(part="heads", rounds=rounds, steps=steps, batch=4, keep_optimizer=kept is not None)
         for server_round in range(1, rounds + 1):  # one batch holds every pair, so its order does not matter
             rng = np.random.default_rng(0)
-            train_plainly(part, pairs, plan, rng=rng, server_round=server_round, kept=kept)
+            train_plainly(part, data, anchors, plan, rng=rng, server_round=server_round, kept=kept)
         return [value for _, value in sorted(part.arrays().items())]
 
     once, kept, forgotten = trained(1, 4, None), trained(2, 2, {}), trained(2, 2, None)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -18,8 +19,8 @@ from client.batches import TrainingData
 from client.engines import MakeEngine, engine_maker
 from client.objectives import Anchors
 from client.site import EngineName
-from client.training import ANCHOR_REFRESH_STEPS, BOOK_KEEPING, train_plainly, train_privately
-from encoders.fitting import Pairs
+from client.training import BOOK_KEEPING, train_plainly, train_privately
+from encoders.fitting import ANCHOR_REFRESH_STEPS, Pairs
 from encoders.objectives import anchored_loss, infonce_loss, same_meaning
 from encoders.parts import TrainablePart, trainable_part
 from encoders.preprocessing import with_channels
@@ -442,9 +443,9 @@ def test_plain_training_is_deterministic_for_a_seed(kind: Part) -> None:
     updates = []
     for seed in (3, 3, 4):
         part = part_of(kind)
-        pairs = data_of(part, [0, 1, 2, 3, 4]).pairs
+        data = data_of(part, [0, 1, 2, 3, 4])
         plan = plan_of(privacy="none", objective="infonce", epsilon=None, batch=2, augment=True)
-        updates.append(train_plainly(part, pairs, plan, rng=np.random.default_rng(seed)))
+        updates.append(train_plainly(part, data, anchors_of(part), plan, rng=np.random.default_rng(seed)))
     assert equal(updates[0], updates[1])
     assert not equal(updates[0], updates[2])
 
@@ -452,13 +453,29 @@ def test_plain_training_is_deterministic_for_a_seed(kind: Part) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_training_lowers_the_loss_of_a_toy(kind: Part) -> None:
     part = part_of(kind)
+    data = data_of(part, list(range(len(TEXTS))))
     pairs = Pairs.of(part, random_images(len(TEXTS), seed=1), list(TEXTS))
     before = infonce(part, pairs)
     plan = plan_of(
         privacy="none", objective="infonce", epsilon=None, steps=25, batch=len(TEXTS), learning_rate=0.02
     )
-    train_plainly(part, pairs, plan, rng=np.random.default_rng(0))
+    train_plainly(part, replace(data, pairs=pairs), anchors_of(part), plan, rng=np.random.default_rng(0))
     assert infonce(part, pairs) < (0.9 if kind == "image-head" else 0.7) * before  # one side of two
+
+
+def test_plain_training_asks_for_anchors_only_where_pairs_are_right_for_them() -> None:
+    """Every pair says what anchor 0 says and nothing else, so images move towards it."""
+    nearer = {}
+    plan = plan_of(privacy="none", objective="infonce", epsilon=None, steps=60, batch=5, learning_rate=0.02)
+    shares = torch.tensor([1.0, *(0.0 for _ in ANCHORS[1:])]).expand(5, -1)
+    for positives in (None, shares):
+        part = part_of("image-tower")
+        data, anchors = replace(data_of(part, [0, 1, 2, 3, 4]), positives=positives), anchors_of(part)
+        train_plainly(part, data, anchors, plan, rng=np.random.default_rng(0))
+        with torch.no_grad():
+            images, texts = part.module(data.pairs.images, anchors.texts[:1].expand(5, -1))
+        nearer[positives is not None] = float((images * texts).sum(-1).mean())
+    assert nearer[True] > nearer[False] + 0.02
 
 
 def infonce(part: TrainablePart, pairs: Pairs) -> float:

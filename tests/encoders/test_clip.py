@@ -228,7 +228,7 @@ def test_a_folder_is_built_with_its_own_sizes(folder: Path) -> None:
 
 def test_an_unknown_name_names_the_known_ones() -> None:
     with pytest.raises(
-        EncoderError, match=r"no encoder 'vit-b-61': use tiny, tiny-wide-text, vit-b-16, .* or a Hugging Face"
+        EncoderError, match=r"no encoder 'vit-b-61': use tiny, thumbnail, vit-b-16, .* or a Hugging Face"
     ):
         build("vit-b-61", image_size=32, max_tokens=12, seed=0, inverse_temperature=10.0)
 

@@ -6,7 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoders.fitting import LARGEST_GRADIENT, Pairs, fit_infonce, shuffled_batches
+from encoders.fitting import (
+    ANCHOR_REFRESH_STEPS,
+    LARGEST_GRADIENT,
+    Pairs,
+    PublicTexts,
+    fit_infonce,
+    shuffled_batches,
+)
 from encoders.objectives import infonce_loss
 from encoders.parts import TrainablePart, trainable_part
 from tests.encoders.micro import micro_encoder, random_images
@@ -75,6 +82,36 @@ def test_a_step_is_no_longer_than_the_largest_gradient() -> None:
     fit(part, steps=1, learning_rate=1.0)
     moved = sum(float(((value - before[name]) ** 2).sum()) for name, value in part.arrays().items())
     assert 0 < moved**0.5 <= LARGEST_GRADIENT * 1.001
+
+
+def test_public_texts_are_asked_for_beside_the_batch_and_embedded_anew() -> None:
+    """One step's loss is the batch's plus the public texts', and steps later they have the newer weights."""
+    part = part_of()
+    _, public = part.inputs(IMAGES[:1], ["pleural effusion", "clear lungs"])
+    embedded: list[torch.Tensor] = []
+    embed = part.module.embed_texts
+
+    def watched(inputs: torch.Tensor) -> torch.Tensor:
+        result = embed(inputs)
+        if len(inputs) == 2:
+            assert not result.requires_grad
+            embedded.append(result)
+        return result
+
+    part.module.embed_texts = watched  # type: ignore[method-assign]
+    fit_infonce(
+        part,
+        Pairs.of(part, IMAGES, TEXTS),
+        optimizer=torch.optim.SGD(list(part.parameters().values()), lr=0.1),
+        steps=ANCHOR_REFRESH_STEPS + 1,
+        batch=5,
+        inverse_temperature=5.0,
+        augmented=False,
+        rng=np.random.default_rng(0),
+        public=PublicTexts(texts=public, shares=torch.tensor([[0, 1], [0, 0], [0, 1], [1, 0], [0, 0.5]])),
+    )
+    first, second = embedded
+    assert not torch.equal(first, second)
 
 
 @given(rows=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 99))

@@ -193,11 +193,11 @@ def test_anchors_come_from_what_the_file_names_or_what_there_is(
     ("sources", "text"),
     [
         ("[]", "needs a source of texts"),
-        ('["noise"]', r"needs a source of texts \(public, prompts or synthetic\)"),
+        ('["noise"]', r"needs a source of texts \(public, prompts, views or synthetic\)"),
         ('["prompts"]', r"and one of images \(public, synthetic or noise\)"),
         ('["synthetic", "synthetic"]', "names a source twice"),
         ('["public"]', "'public' takes them from public-start: name its data"),
-        ('["queue"]', "'public', 'prompts', 'synthetic' or 'noise'"),
+        ('["queue"]', "'public', 'prompts', 'views', 'synthetic' or 'noise'"),
     ],
 )
 def test_anchors_from_sources_that_make_no_bank_are_refused(sources: str, text: str, tmp_path: Path) -> None:

@@ -186,12 +186,14 @@ def test_the_settings_alone_decide_the_tiny_model() -> None:
 
 def test_texts_are_centred_on_public_sentences_before_anything_is_made_of_the_model() -> None:
     asked = tiny(
-        model={"encoder": "tiny-wide-text", "image-size": 32, "max-tokens": 32, "centre-texts": True}
+        model={"encoder": "thumbnail", "image-size": 16, "max-tokens": 32, "centre-texts": True},
+        objective={"anchors-from": ["views", "noise"], "anchors": 500},
     )
     bundle = prepare_from_settings(asked).bundle
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
     assert encoder.text_features(view_sentences()).mean(0).numpy() == pytest.approx(0, abs=1e-4)
     assert encoder.width == 512
+    assert bundle.anchor_texts == view_sentences()
 
 
 def test_without_public_data_the_anchors_are_prompts_and_noise() -> None:
