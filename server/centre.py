@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.errors import RunError
+from server.sums import SiteSum
 from strategies.files import write_bytes
-from strategies.messages import CENTRE_SUM, Arrays, CentrePlan, check_update
+from strategies.messages import CENTRE_SUM, CentrePlan
 
 CENTRE_FILE = "centre.npy"
 
 
-class CentreSum:
-    """Adds the sites' sums up, one at a time; in an exchange it stands where a strategy stands.
-
-    Weights play no part: a sum over patients is weighed by its patients already.
+class CentreSum(SiteSum):
+    """The sum of all sites' features and counts, and the mean in it.
 
     Args:
         plan: What the sites are asked for.
@@ -29,27 +28,7 @@ class CentreSum:
 
     def __init__(self, plan: CentrePlan, *, width: int, private: bool) -> None:
         self._plan, self._private = plan, private
-        self.like: Arrays = {CENTRE_SUM: np.zeros(width + 1, dtype=np.float32)}
-        self.begin(self.like)
-
-    def begin(self, base: Arrays) -> None:
-        """Start from nothing."""
-        self._total = np.zeros(base[CENTRE_SUM].shape)
-        self._sites = 0
-
-    def correction_for(self, site: str) -> Arrays | None:
-        """Nothing: no gradient is computed."""
-        return None
-
-    def fold(self, site: str, update: Arrays, weight: float) -> None:
-        """Add a site's sum.
-
-        Raises:
-            MessageError: it is none of this plan, or not finite.
-        """
-        check_update(update, self.like)
-        self._total += update[CENTRE_SUM]
-        self._sites += 1
+        super().__init__({CENTRE_SUM: np.zeros(width + 1, dtype=np.float32)})
 
     @property
     def noise(self) -> float:
@@ -57,13 +36,13 @@ class CentreSum:
 
         The noise of k sites is sqrt(k) times that of one. Infinite where the noisy count is not positive.
         """
-        count = self._total[-1] / self._plan.count_weight
+        count = self.total[-1] / self._plan.count_weight
         if not count > 0:
             return math.inf
         if not self._private:
             return 0.0
         one = self._plan.noise_multiplier * self._plan.max_norm
-        return one * math.sqrt(self._sites * (len(self._total) - 1)) / float(count)
+        return one * math.sqrt(self.sites * (len(self.total) - 1)) / float(count)
 
     @property
     def is_used(self) -> bool:
@@ -72,10 +51,10 @@ class CentreSum:
 
     def centre(self) -> NDArray[np.float32]:
         """The mean feature, shape (d,); zero, which shifts nothing, where noise drowns it."""
-        features = self._total[:-1]
+        features = self.total[:-1]
         if not self.is_used:
             return np.zeros(len(features), dtype=np.float32)
-        mean = features / (self._total[-1] / self._plan.count_weight)
+        mean = features / (self.total[-1] / self._plan.count_weight)
         centre: NDArray[np.float32] = (math.sqrt(len(features)) * mean).astype(np.float32)
         return centre
 
@@ -83,7 +62,7 @@ class CentreSum:
         """What the run's events say; the sums are public once they are noised."""
         noise = self.noise
         return {
-            "sites": self._sites,
+            "sites": self.sites,
             "used": self.is_used,
             "noise": noise if math.isfinite(noise) else None,
             "length": float(np.linalg.norm(self.centre())),

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from privacy.banks import PrototypeBank
 from privacy.noisy_sums import MODALITIES, NoisySums
+from server.sums import SiteSum
 from strategies.files import sync
-from strategies.messages import PROTOTYPE_SUMS, Arrays, PrototypePlan, check_update
+from strategies.messages import PROTOTYPE_SUMS, Arrays, PrototypePlan
 from tasks.concepts import Concept, finding_concepts
 
 PROTOTYPES_FOLDER = "prototypes"
@@ -52,44 +53,20 @@ class Prototypes:
         return {PROTOTYPE_SUMS: np.zeros(shape, dtype=np.float32)}
 
 
-class PrototypeSum:
-    """Adds releases up, one at a time; in an exchange it stands where a strategy stands.
-
-    Every site's noise is of one size, so the noise of k sites is sqrt(k) times that: of those in the sum, and
-    not of those that were asked. No site is weighed, since a sum over patients is weighed by its patients
-    already; a weight of k says that k sites stand behind an update, which is their mean (a secure sum).
-    """
+class PrototypeSum(SiteSum):
+    """The sum of all sites' releases, and what it says of each concept."""
 
     def __init__(self, prototypes: Prototypes) -> None:
         self._prototypes = prototypes
-        self.begin(prototypes.like)
-
-    def begin(self, base: Arrays) -> None:
-        """Start from nothing."""
-        self._total = np.zeros(base[PROTOTYPE_SUMS].shape)
-        self._sites = 0
-
-    def correction_for(self, site: str) -> Arrays | None:
-        """Nothing: no gradient is computed."""
-        return None
-
-    def fold(self, site: str, update: Arrays, weight: float) -> None:
-        """Add a release, or the mean of ``weight`` of them.
-
-        Raises:
-            MessageError: it is none of this plan, or not finite.
-        """
-        check_update(update, self._prototypes.like)
-        self._total += weight * update[PROTOTYPE_SUMS].astype(np.float64)
-        self._sites += round(weight)
+        super().__init__(prototypes.like)
 
     def sums(self) -> NoisySums:
         """What all of them released together."""
         plan = self._prototypes.plan
         return NoisySums(
             concepts=tuple(concept.name for concept in self._prototypes.concepts),
-            values=self._total.astype(np.float32),
-            noise_std=math.sqrt(self._sites) * plan.noise_multiplier * plan.max_norm,
+            values=self.total.astype(np.float32),
+            noise_std=math.sqrt(self.sites) * plan.noise_multiplier * plan.max_norm,
             count_weight=plan.count_weight,
         )
 
@@ -107,10 +84,10 @@ class PrototypeSum:
         sums = self.sums()
         least = least_count(sums, least_cosine=self._prototypes.least_cosine)
         return {
-            "sites": self._sites,
+            "sites": self.sites,
             "concepts": len(sums.concepts),
             "used": {
-                name: int((row >= least).sum()) if self._sites else 0  # nobody released: prompts alone
+                name: int((row >= least).sum()) if self.sites else 0  # nobody released: prompts alone
                 for name, row in zip(MODALITIES, sums.counts, strict=True)
             },
             "least_count": least,

@@ -262,7 +262,7 @@ class _Run:
         total, alone = PrototypeSum(prototypes), not prototypes.shares_weights
         if not alone or server_round > 1:
             request = replace(self._request(server_round, base), phase="prototypes")
-            question = Question(request=request, folding=total, like=prototypes.like)
+            question = Question(request=request, folding=total, like=total.like)
             outcome = (self._secure or self._exchange).round(question, sites)
             if not outcome.replied and not alone:  # each site's refusal is in the log
                 return outcome if outcome.reason else None

@@ -41,7 +41,7 @@ def released(patients: float, *, along: int = 0) -> Arrays:
 def summed(*patients: float, private: bool = True) -> CentreSum:
     total = CentreSum(PLAN, width=WIDTH, private=private)
     for number, count in enumerate(patients):
-        total.fold(f"site-{number}", released(count, along=number), weight=7.0)
+        total.fold(f"site-{number}", released(count, along=number), weight=1)
     return total
 
 
