@@ -19,6 +19,8 @@ from privacy.losses import LossRelease
 from privacy.mechanism import MECHANISMS, Mechanism
 from privacy.prototypes import PrototypeRelease
 from strategies.messages import (
+    CentrePlan,
+    PrototypePlan,
     RefusalCode,
     Release,
     TrainingPlan,
@@ -264,14 +266,8 @@ def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRe
     """
     if plan.prototypes is None:
         raise Refused(RefusalCode.POLICY, "the plan names no prototypes")
-    _mind_noise(site, plan.prototypes.noise_multiplier)
-    return PrototypeRelease(
-        concepts=tuple(concept.name for concept in finding_concepts(plan.prototypes.findings)),
-        dimension=width,
-        max_norm=plan.prototypes.max_norm,
-        noise_multiplier=plan.prototypes.noise_multiplier,
-        count_weight=plan.prototypes.count_weight,
-    )
+    names = tuple(concept.name for concept in finding_concepts(plan.prototypes.findings))
+    return _sums_for(site, plan.prototypes, concepts=names, width=width)
 
 
 def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRelease:
@@ -282,13 +278,19 @@ def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeReleas
     """
     if plan.centre is None:
         raise Refused(RefusalCode.POLICY, "the plan names no centre")
-    _mind_noise(site, plan.centre.noise_multiplier)
+    return _sums_for(site, plan.centre, concepts=("image",), width=width)
+
+
+def _sums_for(
+    site: Site, asked: PrototypePlan | CentrePlan, *, concepts: tuple[str, ...], width: int
+) -> PrototypeRelease:
+    _mind_noise(site, asked.noise_multiplier)
     return PrototypeRelease(
-        concepts=("image",),
+        concepts=concepts,
         dimension=width,
-        max_norm=plan.centre.max_norm,
-        noise_multiplier=plan.centre.noise_multiplier,
-        count_weight=plan.centre.count_weight,
+        max_norm=asked.max_norm,
+        noise_multiplier=asked.noise_multiplier,
+        count_weight=asked.count_weight,
     )
 
 
