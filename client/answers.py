@@ -278,20 +278,29 @@ def _as_sent(stored: Release, ledger: Ledger, *, replayed: bool = False) -> Rele
 
 def _without_claim(site: Site, request: TrainRequest) -> Release:
     if request.secure is None:
-        return _train_without_claim(site, request)
+        return _made_without_claim(site, request)
     # What is summed is asked for again under other masks, and two answers would give away their difference.
     releases = ReleaseStore(folder=site.folder / RELEASES)
     if (stored := releases.find(request.digest)) is not None:
         return Release(facts=stored.facts.model_copy(update={"replayed": True}), update=stored.update)
-    return releases.store(request.digest, _train_without_claim(site, request))
+    return releases.store(request.digest, _made_without_claim(site, request))
 
 
-def _train_without_claim(site: Site, request: TrainRequest) -> Release:
+def _made_without_claim(site: Site, request: TrainRequest) -> Release:
     part = _ready(site, request)
-    if request.phase == "centre":
-        return _centre_without_claim(site, request, part)
+    started, steps = time.monotonic(), 0
+    match request.phase:
+        case "centre":
+            raw_update = _raw_centre(site, request, part)
+        case _:
+            raw_update, steps = _raw_training(site, request, part)
+    facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
+    return Release(facts=facts, update=raw_update)
+
+
+def _raw_training(site: Site, request: TrainRequest, part: TrainablePart) -> tuple[Arrays, int]:
+    """The update, and in how many steps it was made."""
     anchors, data = _data(site, request, part)
-    started = time.monotonic()
     seed = (request.plan.seed, request.server_round, zlib.crc32(site.name.encode()))
     difference = train_plainly(
         part,
@@ -304,16 +313,13 @@ def _train_without_claim(site: Site, request: TrainRequest) -> Release:
         kept=kept_optimizer(site.folder, request.run) if request.plan.keep_optimizer else None,
     )
     update = _kept_and_packed(site, request, part, difference)
-    steps = plain_steps(request.plan, pairs=len(data.pairs))
-    facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
-    return Release(facts=facts, update=update)
+    return update, plain_steps(request.plan, pairs=len(data.pairs))
 
 
-def _centre_without_claim(site: Site, request: TrainRequest, part: TrainablePart) -> Release:
-    started, known = time.monotonic(), training_pairs(site.folder, part)
+def _raw_centre(site: Site, request: TrainRequest, part: TrainablePart) -> Arrays:
+    known = training_pairs(site.folder, part)
     raw_sum = raw_centre(known.pairs, patients=known.patients, mechanism=_centre_release(site, request))
-    facts = _facts(site, request, seconds=time.monotonic() - started)
-    return Release(facts=facts, update=_packed(site, request, raw_sum))
+    return _packed(site, request, raw_sum)
 
 
 def _kept_and_packed(site: Site, request: TrainRequest, part: TrainablePart, difference: Arrays) -> Arrays:

@@ -31,7 +31,7 @@ MESSAGES = {
 LEAVES = MESSAGES | LOGS | METRICS | {"encode", "model_copy", "print", "warn"}
 
 # Without privacy nothing is claimed: there a site's own number of steps, plain update and sum may leave.
-WITHOUT_CLAIM = {"_train_without_claim", "_centre_without_claim"}
+WITHOUT_CLAIM = {"_made_without_claim"}
 
 
 def violations(source: str) -> list[str]:
