@@ -1,7 +1,6 @@
 """The centre of the images: summed over the sites, found once a run, paid once, in every round's weights."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +117,6 @@ class Run:
 
 
 PAID = [("prototypes", "released"), *[("anchored", "released")] * ROUNDS]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:

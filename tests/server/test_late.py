@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,6 @@ from strategies.messages import Arrays, RefusalCode, Release, TrainRequest
 from strategies.settings import SettingsError
 from tests.fake_site import FakeSites, Reaction, federation, refuse, send_nan
 from tests.server.cases import Case, Killed, Tardy, averaged, close, learnt, moved, same
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def patient(*, rounds: int = 2, exponent: float = 0.5, **strategy: Any) -> Federation:

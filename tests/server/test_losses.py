@@ -1,6 +1,5 @@
 """Strategies that weigh sites by losses hear noised ones, once a round, paid from the run's epsilon."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,6 @@ from strategies.in_process import InProcessGrid
 from strategies.messages import MEAN_LOSS, MessageError
 from strategies.settings import SettingsError
 from tests.small_hospitals import EPSILON, ROUNDS, SITES, federation, without_claim
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def events_of(root: Path, **changes: Any) -> list[dict[str, Any]]:

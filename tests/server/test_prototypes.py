@@ -1,7 +1,6 @@
 """Prototypes of a round: what sites release is added up, handed on as anchors, and paid for once."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +125,6 @@ class Run:
     def charges(self, site: str) -> list[tuple[str, str]]:
         ledger = Site.open(self.root / "hospitals" / site).ledger()
         return [(charge.request.kind, charge.outcome) for charge in ledger.charges()]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def test_every_round_releases_prototypes_first_and_stays_within_the_budget(hospitals: Path) -> None:

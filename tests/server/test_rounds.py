@@ -1,5 +1,4 @@
 import json
-import os
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,11 +45,6 @@ from tests.server.cases import (
 )
 
 PROMPT_SECONDS = 20  # beyond a deadline of a few seconds, even on a busy machine; a hang is longer
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def test_sites_are_weighted_by_declared_patients(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Whole rounds as secure sums, over four real hospitals in this process."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,6 @@ from tests.server.secure_runs import (
 from tests.small_hospitals import federation, without_claim
 
 KEYS = {name: f"{number}{number}" * 32 for number, name in enumerate(NAMES)}
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Prototypes of a round as a secure sum: the coordinator learns what all sites released together."""
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,6 @@ from tests.small_hospitals import change_site, federation
 TABLE = {"noise-multiplier": 2.0, "least-cosine": 0.01, "findings": ["effusion", "opacity"]}
 NOISE = 2.0 * math.sqrt(2.5)  # of one site: multiplier times the bound that count-weight 0.5 leads to
 Folded = list[tuple[Arrays, float]]
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
