@@ -14,16 +14,13 @@ from client.releases import ReleaseStore
 from client.site import Site
 from clipward.simulate import with_keys
 from server import checkpoints
-from server.metrics import Event, RunLog, read_events
 from server.prototypes import Prototypes
-from server.rounds import run_rounds
 from server.secure_exchange import SUMS_FOLDER, Pledge, Pledges
-from server.start import prepare_from_settings, start_of
-from strategies.in_process import InProcessGrid
 from strategies.messages import Arrays, Phase, decode
 from strategies.secure_sum.coordinator import SecureSum
+from tests.server import runs
 from tests.server.cases import Killed
-from tests.small_hospitals import change_site, federation, without_claim
+from tests.small_hospitals import change_site, without_claim
 
 NAMES = [f"site-{number}" for number in range(1, 5)]
 
@@ -43,36 +40,17 @@ def four_of(hospitals: Path) -> Path:
     return hospitals
 
 
-class Run:
-    """A run over the hospitals below a folder, with a grid that a test may listen to or change."""
+class Run(runs.Run):
+    """A run over all four, whose grid a test may listen to or change."""
 
     def __init__(self, root: Path, *, secure: bool = True, folder: str = "run", **changes: Any) -> None:
-        self.folders = [root / "hospitals" / name for name in NAMES]
-        self.run_dir = root / folder
         tables = without_claim(**{"training": {"rounds": 1}, "strategy": {"min-sites": 2}} | changes)
-        asked = federation(root, **({"secure-aggregation": {}} if secure else {}) | tables)
-        self.settings = with_keys(asked, self.folders)
-
-    def grid(self) -> InProcessGrid:
-        return InProcessGrid(site_app.app, [{"site": str(folder)} for folder in self.folders])
-
-    def go(self, *, resume: bool = False, grid: Any = None) -> Arrays:
-        return run_rounds(
-            grid or self.grid(),
-            self.settings,
-            run_dir=self.run_dir,
-            start=start_of(self.settings, prepare_from_settings(self.settings)),
-            evaluate=lambda _: None,
-            log=RunLog(self.run_dir / "metrics.jsonl"),
-            resume=resume,
-        )
-
-    def events(self, kind: str) -> list[Event]:
-        return [event for event in read_events(self.run_dir / "metrics.jsonl") if event["kind"] == kind]
+        super().__init__(root, folder=folder, **({"secure-aggregation": {}} if secure else {}) | tables)
+        self.settings = with_keys(self.settings, self.folders)
 
     @property
     def prototypes(self) -> Prototypes:
-        prototypes = start_of(self.settings, prepare_from_settings(self.settings)).prototypes
+        prototypes = self.start.prototypes
         assert prototypes is not None
         return prototypes
 
@@ -94,24 +72,20 @@ class Run:
         assert release is not None
         return release.update
 
-    @property
-    def start(self) -> Arrays:
-        return checkpoints._load(self.run_dir / "checkpoints" / "round-0000", 0).arrays
-
     def moved_by(self, names: Iterable[str]) -> Arrays:
         """The start, moved by the weighted mean of the stored releases of these sites."""
         weights = [self.pledge.terms.by_name[name].weight for name in names]
         stored = [self.stored(name) for name in names]
         return {
             name: value + np.average([one[name].astype(float) for one in stored], axis=0, weights=weights)
-            for name, value in self.start.items()
+            for name, value in self.start.arrays.items()
         }
 
     def summed(self, names: Iterable[str]) -> Arrays:
         """The same to the last bit: summed in fixed point, as the masks leave it."""
         terms = self.pledge.terms
         moved = {}
-        for name, value in self.start.items():
+        for name, value in self.start.arrays.items():
             encoded = [
                 terms.grid.encode(self.stored(one)[name], weight=terms.by_name[one].weight) for one in names
             ]
@@ -168,7 +142,7 @@ def with_claim(root: Path) -> dict[str, Any]:
 
 
 def charges(run: Run) -> list[int]:
-    return [len(Site.open(folder).ledger().charges()) for folder in run.folders]
+    return [len(run.charges(folder.name)) for folder in run.folders]
 
 
 def killed(run: Run, *, die_at: int, monkeypatch: pytest.MonkeyPatch) -> Arrays:

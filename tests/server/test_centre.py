@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from client import answers
-from client.app import app
 from client.centre import release_centre
 from client.site import Site
 from encoders.clip import load as load_encoder
@@ -17,13 +16,11 @@ from privacy.accounting import epsilon
 from server.centre import CENTRE_FILE, CentreSum, keep, load
 from server.checkpoints import load_latest
 from server.errors import QuorumError, RunError
-from server.metrics import RunLog, effective, read_events
-from server.rounds import run_rounds
-from server.start import part_of, prepare_from_settings, start_of
-from strategies.in_process import InProcessGrid
+from server.start import part_of
 from strategies.messages import CENTRE_SUM, Arrays, CentrePlan, MessageError, TrainRequest
 from strategies.share import IMAGE_SHIFT
-from tests.small_hospitals import EPSILON, ROUNDS, SITES, change_site, federation
+from tests.server.runs import Run, heard
+from tests.small_hospitals import EPSILON, ROUNDS, SITES, change_site
 
 WIDTH = 4
 PLAN = CentrePlan(noise_multiplier=2.0, max_norm=1.5, count_weight=0.5)
@@ -81,36 +78,11 @@ def test_a_centre_of_another_model_or_half_a_file_is_refused(tmp_path: Path) -> 
         load(path, width=WIDTH)
 
 
-class Run:
-    """A real federation of three small hospitals that trains the image head."""
+class CentredRun(Run):
+    """It trains the image head, with a centre."""
 
     def __init__(self, root: Path, **changes: Any) -> None:
-        self.root, self.run_dir = root, root / "run"
-        self.federation = federation(root, **{**HEAD, **changes})
-        self.prepared = prepare_from_settings(self.federation)
-        self.start = start_of(self.federation, self.prepared)
-
-    def go(self, *, resume: bool = False) -> Arrays:
-        sites = sorted((self.root / "hospitals").iterdir())
-        return run_rounds(
-            InProcessGrid(app, [{"site": str(folder)} for folder in sites]),
-            self.federation,
-            run_dir=self.run_dir,
-            start=self.start,
-            evaluate=lambda _: None,
-            log=RunLog(self.run_dir / "metrics.jsonl"),
-            resume=resume,
-        )
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        events = effective(read_events(self.run_dir / "metrics.jsonl"))
-        return [event for event in events if event["kind"] == kind]
-
-    def site(self, name: str = "site-1") -> Site:
-        return Site.open(self.root / "hospitals" / name)
-
-    def charges(self, name: str = "site-1") -> list[tuple[str, str]]:
-        return [(charge.request.kind, charge.outcome) for charge in self.site(name).ledger().charges()]
+        super().__init__(root, **{**HEAD, **changes})
 
     def centre(self) -> np.ndarray:
         return load(self.run_dir / CENTRE_FILE, width=len(self.start.arrays[IMAGE_SHIFT]))
@@ -119,23 +91,10 @@ class Run:
 PAID = [("prototypes", "released"), *[("anchored", "released")] * ROUNDS]
 
 
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[TrainRequest]:
-    """All requests that sites are sent from now on."""
-    asked: list[TrainRequest] = []
-    answer = answers.answer_train
-
-    def listening(site: Site, request: TrainRequest) -> Any:
-        asked.append(request)
-        return answer(site, request)
-
-    monkeypatch.setattr("client.app.answer_request", listening)
-    return asked
-
-
 def test_a_run_pays_once_for_its_centre_and_all_of_it_is_the_runs_epsilon(
     hospitals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, asked = Run(hospitals), heard(monkeypatch)
+    run, asked = CentredRun(hospitals), heard(monkeypatch)
     after = run.go()
     assert run.charges() == PAID
     ledger = run.site().ledger()
@@ -155,9 +114,9 @@ def test_a_run_pays_once_for_its_centre_and_all_of_it_is_the_runs_epsilon(
 
 
 def test_the_centre_is_near_the_mean_of_all_patients_features(hospitals: Path) -> None:
-    run = Run(hospitals, training={"rounds": 1})
+    run = CentredRun(hospitals, training={"rounds": 1})
     run.go()
-    encoder = part_of(run.federation, run.prepared.bundle).encoder
+    encoder = part_of(run.settings, run.prepared.bundle).encoder
     means = []
     for name in ("site-1", "site-2", "site-3"):
         cohort = run.site(name).cohort()
@@ -171,16 +130,16 @@ def test_the_centre_is_near_the_mean_of_all_patients_features(hospitals: Path) -
 
 
 def test_the_exported_model_embeds_as_the_run_does(hospitals: Path, tmp_path: Path) -> None:
-    run = Run(hospitals, training={"rounds": 1})
+    run = CentredRun(hospitals, training={"rounds": 1})
     arrays = run.go()
-    part = part_of(run.federation, run.prepared.bundle)
+    part = part_of(run.settings, run.prepared.bundle)
     part.load(arrays)
     part.merged().export(tmp_path / "model")
     cohort = run.site().cohort()
     images = np.array(cohort.images[:5])
     again = trainable_part(load_encoder(tmp_path / "model"), "image-head")
     assert again.encoder.image_embeddings(images) == pytest.approx(part.merged().image_embeddings(images))
-    plain = part_of(run.federation, run.prepared.bundle).encoder.image_embeddings(images)
+    plain = part_of(run.settings, run.prepared.bundle).encoder.image_embeddings(images)
     assert np.abs(plain - again.encoder.image_embeddings(images)).max() > 1e-2
 
 
@@ -192,7 +151,7 @@ def killed(*_: Any, **__: Any) -> Any:
 def test_a_run_killed_behind_or_amid_its_centre_pays_no_second_one(
     hospitals: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
-    run, answer, asked = Run(hospitals), answers.answer_train, []
+    run, answer, asked = CentredRun(hospitals), answers.answer_train, []
 
     def dying(site: Site, request: TrainRequest) -> Any:
         asked.append(request)
@@ -229,7 +188,7 @@ def test_a_site_that_fails_at_the_centre_is_left_out_of_it_and_trains_with_it(
     hospitals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "release_centre", failing_at(2))
-    run = Run(hospitals, training={"rounds": 1})
+    run = CentredRun(hospitals, training={"rounds": 1})
     run.go()
     assert [(event["site"], event["code"]) for event in run.events("centre_refused")] == [
         ("site-2", "failed")
@@ -243,7 +202,7 @@ def test_too_few_sites_for_a_centre_stop_the_run_before_any_training(
     hospitals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_site(hospitals / "hospitals" / "site-2", policy={"epsilon-max": 2 * EPSILON})  # it pays it twice
-    run = Run(hospitals, strategy={"min-sites": SITES}, training={"rounds": 1})
+    run = CentredRun(hospitals, strategy={"min-sites": SITES}, training={"rounds": 1})
     with monkeypatch.context() as patch:
         patch.setattr(answers, "release_centre", failing_at(2))
         with pytest.raises(QuorumError, match=r"2 sites replied, 3 are needed.*Asked was the centre"):
@@ -256,7 +215,7 @@ def test_too_few_sites_for_a_centre_stop_the_run_before_any_training(
 
 def test_a_hospital_that_releases_no_prototypes_takes_no_part(hospitals: Path) -> None:
     change_site(hospitals / "hospitals" / "site-3", policy={"prototypes": False})
-    run = Run(hospitals, training={"rounds": 1})
+    run = CentredRun(hospitals, training={"rounds": 1})
     run.go()
     assert {event["site"]: event["code"] for event in run.events("centre_refused")} == {"site-3": "policy"}
     assert {event["site"]: event["code"] for event in run.events("site_refused")} == {"site-3": "policy"}

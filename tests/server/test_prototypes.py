@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 
 from client import answers
-from client.app import app
 from client.prototypes import release_prototypes
-from client.site import Site
 from privacy.banks import PrototypeBank
-from server.metrics import RunLog, effective, read_events
 from server.prototypes import PROTOTYPES_FOLDER, Prototypes, PrototypeSum, least_count
-from server.rounds import run_rounds
-from server.start import prepare_from_settings, start_of
-from strategies.in_process import InProcessGrid
-from strategies.messages import PROTOTYPE_SUMS, Arrays, MessageError, PrototypePlan, TrainRequest
+from strategies.messages import PROTOTYPE_SUMS, Arrays, MessageError, PrototypePlan
 from tasks.concepts import Concept
-from tests.small_hospitals import EPSILON, ROUNDS, SITES, federation
+from tests.server.runs import Run, heard
+from tests.small_hospitals import EPSILON, ROUNDS, SITES, change_site
 
 WIDTH = 4
+TABLE = {"noise-multiplier": 2.0, "least-cosine": 0.01, "findings": ["effusion", "opacity"]}
 PLAN = PrototypePlan(findings=("effusion", "opacity"), noise_multiplier=2.0, max_norm=1.5, count_weight=0.5)
 
 
@@ -97,42 +93,15 @@ def test_a_release_of_another_shape_leaves_no_trace() -> None:
     assert total.facts()["sites"] == 0
 
 
-class Run:
-    """A real federation of three small hospitals that releases prototypes."""
-
-    def __init__(self, root: Path, **changes: Any) -> None:
-        table = {"noise-multiplier": 2.0, "least-cosine": 0.01, "findings": ["effusion", "opacity"]}
-        self.root, self.run_dir = root, root / "run"
-        self.federation = federation(root, prototypes=table, **changes)
-        self.start = start_of(self.federation, prepare_from_settings(self.federation))
-
-    def go(self, *, resume: bool = False) -> Arrays:
-        sites = sorted((self.root / "hospitals").iterdir())
-        return run_rounds(
-            InProcessGrid(app, [{"site": str(folder)} for folder in sites]),
-            self.federation,
-            run_dir=self.run_dir,
-            start=self.start,
-            evaluate=lambda _: None,
-            log=RunLog(self.run_dir / "metrics.jsonl"),
-            resume=resume,
-        )
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        events = effective(read_events(self.run_dir / "metrics.jsonl"))
-        return [event for event in events if event["kind"] == kind]
-
-    def charges(self, site: str) -> list[tuple[str, str]]:
-        ledger = Site.open(self.root / "hospitals" / site).ledger()
-        return [(charge.request.kind, charge.outcome) for charge in ledger.charges()]
+def run_of(root: Path, **changes: Any) -> Run:
+    return Run(root, prototypes=TABLE, **changes)
 
 
 def test_every_round_releases_prototypes_first_and_stays_within_the_budget(hospitals: Path) -> None:
-    run = Run(hospitals)
+    run = run_of(hospitals)
     run.go()
     assert run.charges("site-1") == [("prototypes", "released"), ("anchored", "released")] * ROUNDS
-    spent = Site.open(hospitals / "hospitals" / "site-1").ledger().spent()
-    assert 0.98 * EPSILON < spent <= EPSILON
+    assert 0.98 * EPSILON < run.site().ledger().spent() <= EPSILON
     assert [event["sites"] for event in run.events("prototypes_made")] == [SITES] * ROUNDS
     assert len(run.events("prototypes_replied")) == len(run.events("site_replied")) == SITES * ROUNDS
     files = sorted((run.run_dir / PROTOTYPES_FOLDER).iterdir())
@@ -145,15 +114,7 @@ def test_every_round_releases_prototypes_first_and_stays_within_the_budget(hospi
 def test_the_sites_are_given_the_prototypes_of_their_round(
     hospitals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[TrainRequest] = []
-    train = answers.answer_train
-
-    def listening(site: Site, request: TrainRequest) -> Any:
-        asked.append(request)
-        return train(site, request)
-
-    monkeypatch.setattr("client.app.answer_request", listening)
-    run = Run(hospitals, training={"rounds": 1})
+    run, asked = run_of(hospitals, training={"rounds": 1}), heard(monkeypatch)
     run.go()
     sums, trained = asked[:SITES], asked[SITES:]
     assert [one.phase for one in sums] == ["prototypes"] * SITES
@@ -178,7 +139,7 @@ def test_a_site_that_fails_at_prototypes_still_trains(
 
     failures: list[None] = []
     monkeypatch.setattr(answers, "release_prototypes", failing)
-    run = Run(hospitals, training={"rounds": 1})
+    run = run_of(hospitals, training={"rounds": 1})
     run.go()
     assert [(event["site"], event["code"]) for event in run.events("prototypes_refused")] == [
         ("site-2", "failed")
@@ -189,10 +150,8 @@ def test_a_site_that_fails_at_prototypes_still_trains(
 
 
 def test_a_site_whose_policy_releases_no_prototypes_says_so_before_it_trains(hospitals: Path) -> None:
-    from tests.small_hospitals import change_site
-
     change_site(hospitals / "hospitals" / "site-3", policy={"prototypes": False})
-    run = Run(hospitals, training={"rounds": 1})
+    run = run_of(hospitals, training={"rounds": 1})
     run.go()
     assert {event["site"]: event["code"] for event in run.events("site_refused")} == {"site-3": "policy"}
     assert run.charges("site-3") == []
@@ -204,7 +163,7 @@ def test_a_round_that_is_resumed_uses_the_prototypes_it_made(
     def killed(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    run = Run(hospitals, training={"rounds": 1})
+    run = run_of(hospitals, training={"rounds": 1})
     with monkeypatch.context() as patch:
         patch.setattr("client.app.answer_request", _only_prototypes(killed))
         with pytest.raises(KeyboardInterrupt):

@@ -212,9 +212,9 @@ def test_a_site_that_agreed_and_is_gone_is_waited_for_by_name_or_the_round_is_pa
         checkpoints._load(run.run_dir / "checkpoints" / f"round-000{number}", number).arrays
         for number in (1, 2)
     )
-    assert same(skipped, run.start)
+    assert same(skipped, run.start.arrays)
     assert same(after, arrays)
-    assert not close(after, run.start)
+    assert not close(after, run.start.arrays)
 
 
 def test_a_coordinator_that_forgot_what_it_asked_is_refused(
