@@ -135,6 +135,17 @@ class Attempt:
             self.server.take_reveal(self.reveals[name])
 
 
+def attempt(agreed: Terms | None = None, **changes: Any) -> Attempt:
+    """One under these terms, by default of five sites of weight 1, with an update each."""
+    agreed = agreed or terms()
+    return Attempt(agreed, updates(agreed), **changes)
+
+
+def remembered(agreed: Terms) -> dict[str, Remembered]:
+    """Agreements in memory for each site, which outlive an attempt."""
+    return {name: Remembered() for name in agreed.names}
+
+
 def exact_mean(agreed: Terms, updates: Mapping[str, Arrays], survivors: Collection[str]) -> Arrays:
     """What a secure sum should give."""
     weights = [agreed.by_name[name].weight for name in survivors]

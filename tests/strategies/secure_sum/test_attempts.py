@@ -10,12 +10,12 @@ from strategies.secure_sum.errors import Malformed, StepRefused
 from tests.strategies.secure_sum.hospitals import (
     STEPS,
     Attempt,
-    Remembered,
     assert_close,
+    attempt,
     exact_mean,
+    remembered,
     session,
     terms,
-    updates,
 )
 
 
@@ -35,8 +35,7 @@ def restarted(made: Attempt, book: AttemptBook, name: str) -> None:
 
 def test_sites_that_are_restarted_after_every_step_end_with_the_sum(book: AttemptBook) -> None:
     agreed = terms([1, 2, 3])
-    made = Attempt(agreed, updates(agreed), agreements={name: Remembered() for name in agreed.names})
-    made.sites = {name: session(agreed, name, agreements=made.agreements[name]) for name in agreed.names}
+    made = attempt(agreed, agreements=remembered(agreed))
     for step in STEPS:
         getattr(made, step)()
         for name in agreed.names:
@@ -48,9 +47,7 @@ def test_sites_that_are_restarted_after_every_step_end_with_the_sum(book: Attemp
 
 def test_a_restarted_site_says_the_same_again_and_masks_no_second_time(book: AttemptBook) -> None:
     agreed = terms([1, 2, 3])
-    made = Attempt(agreed, updates(agreed), agreements={name: Remembered() for name in agreed.names}).until(
-        "mask"
-    )
+    made = attempt(agreed, agreements=remembered(agreed)).until("mask")
     site = made.sites["site-1"]
     offer, dealt = site.offer(), site.deal(made.offers)
     restarted(made, book, "site-1")

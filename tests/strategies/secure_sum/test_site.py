@@ -22,17 +22,13 @@ from tests.strategies.secure_sum.hospitals import (
     Attempt,
     Remembered,
     assert_close,
+    attempt,
     exact_mean,
+    remembered,
     session,
     terms,
     updates,
 )
-
-
-def attempt(**changes: Any) -> Attempt:
-    agreed = terms()
-    return Attempt(agreed, updates(agreed), **changes)
-
 
 # --- terms --------------------------------------------------------------------------------------------------
 
@@ -220,7 +216,7 @@ def test_refusals_under_one_range_after_another_tell_no_value() -> None:
     book = Remembered()
     for number, value_range in enumerate((2.0, 8.0), start=1):
         agreed = terms(attempt=number, value_range=value_range)
-        made = Attempt(agreed, updates(agreed), agreements={"site-1": book}).until("deal")
+        made = attempt(agreed, agreements={"site-1": book}).until("deal")
         large = {"weight": made.updates["site-1"]["weight"], "scale": np.asarray(3.0, dtype=np.float32)}
         first = value_range == 2.0
         with pytest.raises(OutOfRange if first else StepRefused, match="range" if first else "other terms"):
@@ -313,7 +309,7 @@ def test_a_consent_of_another_attempt_is_refused() -> None:
 def test_nothing_of_one_phase_is_taken_in_the_other() -> None:
     """Phases of a round differ in the request that their terms name: a message belongs to its own."""
     other = terms(request="cd" * 32)
-    old = Attempt(other, updates(other), silent={"site-5": "mask"}).until("reveal")
+    old = attempt(other, silent={"site-5": "mask"}).until("reveal")
     made = attempt()
     with pytest.raises(PeerRefused, match="belong to another round or attempt"):
         made.server.take_offer(old.offers[1])
@@ -388,12 +384,11 @@ def test_with_one_colluder_more_than_promised_a_lying_coordinator_opens_an_updat
 
 def test_a_new_attempt_sums_the_same_sites_under_new_masks() -> None:
     agreed = terms([2, 3, 4, 5, 6])
-    made = updates(agreed)
-    kept = {name: Remembered() for name in agreed.names}
-    first = Attempt(agreed, made, agreements=kept, silent={"site-5": "mask"}).until("reveal")
+    kept = remembered(agreed)
+    first = attempt(agreed, agreements=kept, silent={"site-5": "mask"}).until("reveal")
     again = replace(agreed, attempt=2)
-    second = Attempt(again, made, agreements=kept, silent={"site-5": "offer"}).until("reveal")
-    exact = exact_mean(agreed, made, first.survivors)
+    second = attempt(again, agreements=kept, silent={"site-5": "offer"}).until("reveal")
+    exact = exact_mean(agreed, first.updates, first.survivors)
     assert_close(agreed, first.server.mean(), exact, first.survivors)
     assert_close(agreed, second.server.mean(), exact, first.survivors)
     for name in first.survivors:
@@ -403,11 +398,10 @@ def test_a_new_attempt_sums_the_same_sites_under_new_masks() -> None:
 def test_a_new_attempt_with_other_sites_is_refused_after_a_restart_too() -> None:
     """The difference of the two sums would be the update of site-5."""
     agreed = terms()
-    kept = {name: Remembered() for name in agreed.names}
-    Attempt(agreed, updates(agreed), agreements=kept).until("consent")
-    second = Attempt(
-        replace(agreed, attempt=2), updates(agreed), agreements=kept, silent={"site-5": "offer"}
-    ).until("mask")
+    kept = remembered(agreed)
+    attempt(agreed, agreements=kept).until("consent")
+    again = replace(agreed, attempt=2)
+    second = attempt(again, agreements=kept, silent={"site-5": "offer"}).until("mask")
     for name in NAMES[:4]:
         with pytest.raises(StepRefused, match="two different sums would tell single updates apart"):
             second.sites[name].consent(second.survivors)
@@ -416,20 +410,20 @@ def test_a_new_attempt_with_other_sites_is_refused_after_a_restart_too() -> None
 def test_a_new_attempt_under_other_terms_is_refused_before_anything_is_masked() -> None:
     """Groups of different federations need not have a site in common, so their sums could be subtracted."""
     agreed = terms()
-    kept = {name: Remembered() for name in agreed.names}
-    Attempt(agreed, updates(agreed), agreements=kept).until("mask")
+    kept = remembered(agreed)
+    attempt(agreed, agreements=kept).until("mask")
     fewer = terms([1, 1, 1], attempt=2)
-    second = Attempt(fewer, updates(fewer), agreements=kept).until("deal")
+    second = attempt(fewer, agreements=kept).until("deal")
     with pytest.raises(StepRefused, match=r"'site-1' agreed before to sum its answer .* with other terms"):
         second.mask()
 
 
 def test_another_request_is_free_of_what_was_agreed_before() -> None:
     agreed = terms()
-    kept = {name: Remembered() for name in agreed.names}
-    Attempt(agreed, updates(agreed), agreements=kept).until("reveal")
+    kept = remembered(agreed)
+    attempt(agreed, agreements=kept).until("reveal")
     other = terms([1, 1, 1], request="cd" * 32, server_round=2)
-    Attempt(other, updates(other), agreements=kept).until("reveal")
+    attempt(other, agreements=kept).until("reveal")
 
 
 def test_the_seed_is_256_bits_of_the_system_s_generator(monkeypatch: pytest.MonkeyPatch) -> None:
