@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
@@ -30,6 +30,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clipward.backends import run_in_process, run_on_ray
+from processes import tree
 from server.app import coordinate
 from server.federation import Federation
 from server.rounds import Start
@@ -242,7 +243,7 @@ def _pfl_rounds(case: Case) -> dict[str, Any]:
 
 def _processor_seconds() -> float:
     """Seconds that processors have worked for this process and those below it that are alive."""
-    return sum(map(_worked, _descendants(os.getpid()))) / os.sysconf("SC_CLK_TCK")
+    return sum(map(_worked, tree(os.getpid()))) / os.sysconf("SC_CLK_TCK")
 
 
 def _worked(pid: int) -> int:
@@ -278,10 +279,11 @@ def _child(case: Case) -> dict[str, Any]:
     nothing: dict[str, Any] = {"rounds": [], "processor": [], "total": None, "peak_bytes": None}
     if case.who == PFL and importlib.util.find_spec("pfl") is None:
         return {**nothing, "reason": "pfl is not installed"}
-    root = Path(__file__).resolve().parents[1]
-    code = f"from bench.simulate import child; child({json.dumps(asdict(case))!r})"
+    here = Path(__file__).resolve().parent
+    code = f"import sys; sys.path.append({str(here)!r})"
+    code += f"; from bench.simulate import child; child({json.dumps(asdict(case))!r})"
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=out, stderr=err)  # noqa: S603
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=here.parent, stdout=out, stderr=err)  # noqa: S603
         peak = _watched(process)
         out.seek(0)
         err.seek(0)
@@ -299,7 +301,7 @@ def _watched(process: "subprocess.Popen[bytes]") -> int:
     def watch() -> None:
         nonlocal peak
         while not ended.wait(SAMPLED_EVERY_SECONDS):
-            peak = max(peak, sum(map(_proportional_bytes, _descendants(process.pid))))
+            peak = max(peak, sum(map(_proportional_bytes, tree(process.pid))))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -307,19 +309,6 @@ def _watched(process: "subprocess.Popen[bytes]") -> int:
     ended.set()
     watcher.join()
     return peak
-
-
-def _descendants(root: int) -> Iterator[int]:
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has just ended
-            continue
-    below = {root}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    yield from below
 
 
 def _proportional_bytes(pid: int) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.processes import tree
+
 SAMPLED_EVERY_SECONDS = 0.02
 
 
@@ -40,7 +42,7 @@ def run_watched(
         with subprocess.Popen(command, stdout=out, stderr=err, env=env) as process:
             peak, ends = 0, time.monotonic() + seconds
             while process.poll() is None:
-                peak = max(peak, sum(map(anonymous_bytes, _tree(process.pid))))
+                peak = max(peak, sum(map(anonymous_bytes, tree(process.pid))))
                 if time.monotonic() > ends:
                     process.kill()
                 time.sleep(SAMPLED_EVERY_SECONDS)
@@ -67,16 +69,3 @@ def _status(process: int | str) -> dict[str, int]:
         return {}
     fields = (line.partition(":") for line in lines if line.endswith(" kB"))
     return {name: 1024 * int(value.split()[0]) for name, _, value in fields}
-
-
-def _tree(root: int) -> set[int]:
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has just ended
-            continue
-    tree = {root}
-    while more := {process for process, parent in parents.items() if parent in tree} - tree:
-        tree |= more
-    return tree
