@@ -8,7 +8,6 @@ disturbs little; the wall's stand beside them.
 
 import io
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -17,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +24,7 @@ import typer
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 
+from reporting import Table, cell, write_rows
 from strategies.flower_compat import act_as_coordinator
 from strategies.strategy import StrategySettings, strategy_of
 
@@ -198,34 +197,18 @@ def _row(
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures are of."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0))
-    return {"cores": cores, "memory": memory, "torch": version("torch"), "device": "cpu"}
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table, with a footnote for each reason why a round was not combined."""
     header = ["strategy", "sites", "who", "s", "spread s", "time x", "wall s"]
     header += ["peak MB", "peak in models", "goal"]
-    lines, notes = [header, ["---"] * len(header)], list[str]()
+    made = Table(header)
     for row in rows:
-        mark = ""
-        if row["reason"]:
-            notes += [row["reason"]] if row["reason"] not in notes else []
-            mark = f" [{notes.index(row['reason']) + 1}]"
-        cells = [row["what"], str(row["sites"]), row["who"] + mark]
-        cells += [_cell(row["seconds"]), _cell(row["spread"])]
-        cells += [_cell(row["ratio"], digits=2), _cell(row["wall_seconds"])]
-        cells += [_cell(row["peak_bytes"], 1e-6, digits=0)]
-        lines.append([*cells, _cell(row["peak_models"], digits=2), _goal(row)])
-    notes = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ([""] if notes else []) + notes)
-
-
-def _cell(value: float | None, scale: float = 1.0, *, digits: int = 1) -> str:
-    return "\N{EN DASH}" if value is None else f"{value * scale:.{digits}f}"
+        cells = [row["what"], str(row["sites"]), row["who"] + made.mark(row["reason"])]
+        cells += [cell(row["seconds"]), cell(row["spread"])]
+        cells += [cell(row["ratio"], digits=2), cell(row["wall_seconds"])]
+        cells += [cell(row["peak_bytes"], 1e-6, digits=0)]
+        made.add([*cells, cell(row["peak_models"], digits=2), _goal(row)])
+    return str(made)
 
 
 def _goal(row: dict[str, Any]) -> str:
@@ -278,8 +261,7 @@ def main(
     ]
     rows = compare(cases, repeats=repeats)
     if as_json is not None:
-        result = {"bench": "aggregate", "machine": machine(), "rows": rows}
-        as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_rows(as_json, "aggregate", rows)
     typer.echo(table(rows))
 
 

@@ -32,6 +32,7 @@ from privacy.bookkeeping import BookKeepingEngine
 from privacy.engine import Batch, ClippingEngine, PatientLosses
 from privacy.hooks import repaired_copy
 from privacy.vmap import VmapEngine
+from reporting import Table, cell, over
 
 Model = Literal["tiny", "vit-b-16"]
 Part = Literal["full", "lora", "heads"]
@@ -355,16 +356,12 @@ def ratios(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
         full = plain.get((each.model, "full", each.batch))
         row: dict[str, Any] = {
             **asdict(each),
-            "time_ratio": _over(each.seconds, own.seconds),
-            "memory_ratio": _over(each.peak_bytes, own.peak_bytes),
-            "time_over_full": _over(each.seconds, full.seconds if full else None),
+            "time_ratio": over(each.seconds, own.seconds),
+            "memory_ratio": over(each.peak_bytes, own.peak_bytes),
+            "time_over_full": over(each.seconds, full.seconds if full else None),
         }
         rows.append({**row, "goals": _goals(row) if each.variant == OURS else {}})
     return rows
-
-
-def _over(value: float | None, base: float | None) -> float | None:
-    return None if value is None or not base else value / base
 
 
 def _goals(row: Mapping[str, Any]) -> dict[str, float]:
@@ -380,26 +377,17 @@ def table(rows: Sequence[Mapping[str, Any]], *, images_per_second: bool) -> str:
     """The rows as a Markdown table, with a footnote for each figure that is missing."""
     header = ["model", "part", "batch", "engine", "ms", "time x", "time x full", "MB", "memory x", "goal"]
     header += ["images/s"] if images_per_second else []
-    lines = [header, ["---"] * len(header)]
-    notes: list[str] = []
+    made = Table(header)
     for row in rows:
-        mark = ""
-        if row["reason"]:
-            notes.append(
-                f"[{len(notes) + 1}] {row['model']} {row['part']}, {row['variant']}: {row['reason']}"
-            )
-            mark = f" [{len(notes)}]"
-        cells = [row["model"], row["part"], str(row["batch"]), row["variant"] + mark]
-        cells += [_cell(row["seconds"], 1e3, 1), _cell(row["time_ratio"]), _cell(row["time_over_full"])]
-        cells += [_cell(row["peak_bytes"], 1e-6, 1), _cell(row["memory_ratio"]), _goal_cell(row)]
+        missing = row["reason"] and f"{row['model']} {row['part']}, {row['variant']}: {row['reason']}"
+        cells = [row["model"], row["part"], str(row["batch"]), row["variant"] + made.mark(missing)]
+        cells += [cell(row["seconds"], 1e3), cell(row["time_ratio"], digits=2)]
+        cells += [cell(row["time_over_full"], digits=2), cell(row["peak_bytes"], 1e-6)]
+        cells += [cell(row["memory_ratio"], digits=2), _goal_cell(row)]
         if images_per_second:
-            cells.append(_cell(_over(row["batch"], row["seconds"]), 1.0, 0))
-        lines.append(cells)
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ([""] if notes else []) + notes)
-
-
-def _cell(value: float | None, scale: float = 1.0, digits: int = 2) -> str:
-    return "\N{EN DASH}" if value is None else f"{value * scale:.{digits}f}"
+            cells.append(cell(over(row["batch"], row["seconds"]), digits=0))
+        made.add(cells)
+    return str(made)
 
 
 def _goal_cell(row: Mapping[str, Any]) -> str:

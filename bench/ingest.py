@@ -6,7 +6,6 @@ and maximum to 8 bit, resize. Ours is what packs a cohort. Both start from a fil
 
 import importlib
 import importlib.util
-import json
 import os
 import statistics
 import tempfile
@@ -16,7 +15,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +42,7 @@ from client.cohort import Cohort, CohortSettings, build_cohort
 from client.cohort.dicom_folder import DicomFolder, read_header
 from client.cohort.outcomes import Rendered
 from client.cohort.workers import Workers
+from reporting import Table, cell, over, write_rows
 
 Picture = NDArray[np.uint8]
 Reader = Callable[[Path, int], Picture]
@@ -352,8 +351,8 @@ def rows_of(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
             **_row(each.what, each.who, each.seconds),
             "file_bytes": each.file_bytes,
             "peak_bytes": each.peak_bytes,
-            "peak_ratio": _over(each.peak_bytes, base[each.what].peak_bytes),
-            "ratio": _over(_median(each.seconds), _median(base[each.what].seconds)),
+            "peak_ratio": over(each.peak_bytes, base[each.what].peak_bytes),
+            "ratio": over(_median(each.seconds), _median(base[each.what].seconds)),
             "ratio_to": f"{each.what} {TEXTBOOK}",
             "mean_difference": each.mean_difference,
             "most_difference": each.most_difference,
@@ -372,42 +371,20 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _over(value: float | None, base: float | None) -> float | None:
-    return None if value is None or not base else value / base
-
-
-def machine() -> dict[str, Any]:
-    """What the figures are of."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {name: _version(name) for name in ("torch", "pydicom", "monai")}
-    return {"cores": len(os.sched_getaffinity(0)), "memory": memory, "device": "cpu", **versions}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, with a footnote for each reason why a figure is missing."""
     header = ["stored as", "MB", "reader", "ms", "spread", "images/s", "times faster", "peak MB"]
     header += ["times smaller", "mean / max difference", "goal"]
-    lines, notes = [header, ["---"] * len(header)], list[str]()
+    made = Table(header)
     for row in rows:
-        if row["reason"] and row["reason"] not in notes:
-            notes.append(row["reason"])
-        mark = f" [{notes.index(row['reason']) + 1}]" if row["reason"] else ""
-        faster = _over(1, row["ratio"])
-        cells = [row["what"], _cell(row["file_bytes"], 1e-6), row["who"] + mark]
-        cells += [_cell(row["seconds"], 1e3), _cell(row["spread"], 1e3), _cell(_over(1, row["seconds"]))]
-        cells += [_cell(faster), _cell(row["peak_bytes"], 1e-6), _cell(_over(1, row["peak_ratio"]))]
-        cells.append(f"{_cell(row['mean_difference'], digits=2)} / {_cell(row['most_difference'], digits=0)}")
+        faster = over(1, row["ratio"])
+        cells = [row["what"], cell(row["file_bytes"], 1e-6), row["who"] + made.mark(row["reason"])]
+        cells += [cell(row["seconds"], 1e3), cell(row["spread"], 1e3), cell(over(1, row["seconds"]))]
+        cells += [cell(faster), cell(row["peak_bytes"], 1e-6), cell(over(1, row["peak_ratio"]))]
+        cells.append(f"{cell(row['mean_difference'], digits=2)} / {cell(row['most_difference'], digits=0)}")
         goal = GOALS.get(row["what"]) if row["who"] == OURS else None
-        lines.append([*cells, _goal_cell(faster, goal)])
-    notes = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ([""] if notes else []) + notes)
+        made.add([*cells, _goal_cell(faster, goal)])
+    return str(made)
 
 
 def sentences(scans: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]) -> str:
@@ -415,10 +392,6 @@ def sentences(scans: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]) -> 
     lines = [f"{each['what']}, {each['workers']} processes: {1 / each['seconds']:.1f}/s" for each in scans]
     samples = 1 / packed["seconds"]
     return "\n".join([*lines, f"{PACKED}: {samples:.0f} samples/s ({_goal_cell(samples, CACHE_GOAL)})"])
-
-
-def _cell(value: float | None, scale: float = 1.0, *, digits: int = 1) -> str:
-    return "\N{EN DASH}" if value is None else f"{value * scale:.{digits}f}"
 
 
 def _goal_cell(value: float | None, goal: float | None) -> str:
@@ -478,8 +451,8 @@ def main(
         scans = scan_rows(folder, chosen[0], files=files, workers=sorted({1, workers}), **sides)
         packed = cache_row(folder, size=size, repeats=repeats)
     if as_json is not None:
-        result = {"bench": "ingest", "machine": machine(), "rows": [*found, *scans, packed]}
-        as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        packages = ("torch", "pydicom", "monai")
+        write_rows(as_json, "ingest", [*found, *scans, packed], packages=packages)
     typer.echo(table(found) + "\n\n" + sentences(scans, packed))
 
 

@@ -9,12 +9,10 @@ it is not trained again until that digest changes.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from itertools import cycle, product
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +37,7 @@ from clipward.summary import summarise
 from clipward.synthetic import synthesize
 from privacy.planning import Plan
 from privacy.regime import Measured
+from reporting import machine
 from server.evaluation import EvaluationSet
 from server.federation import Checkpoints, Evaluation, Federation
 from server.metrics import read_events
@@ -316,22 +315,11 @@ def complete(
             tell(f"{number} of {len(arms)}: {arm}")
             row = study.run(arm)
             rows = {**kept_rows(path), row["digest"]: row}
-            document = {"bench": "regime", "machine": machine(), "rows": list(rows.values())}
+            document = {"bench": "regime", "machine": machine("torch"), "rows": list(rows.values())}
             write_text(path, json.dumps(document, indent=1) + "\n")
             tell(f"  {lift(row):+.1f} points in {row['seconds']:.0f} s")
     found = kept_rows(path)
     return [found[digest] for arm in arms if (digest := study.digest(arm)) in found]
-
-
-def machine() -> dict[str, Any]:
-    """What the seconds are of."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": memory,
-        "torch": version("torch"),
-        "device": "cpu",
-    }
 
 
 # --- the table and the picture ------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ the processor, so that what else the machine does stays out of them.
 """
 
 import json
-import os
 import statistics
 import time
 import tracemalloc
@@ -13,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,7 @@ import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from reporting import write_rows
 from strategies.secure_sum.coordinator import SecureSum
 from strategies.secure_sum.messages import Participant, Terms
 from strategies.secure_sum.site import SiteSession
@@ -218,12 +217,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Largest difference from the exact mean: {max(errors):.2g}"])
 
 
-def _machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0))
-    return {"cores": cores, "memory": memory, "torch": version("torch"), "device": "cpu"}
-
-
 app = typer.Typer(add_completion=False)
 
 
@@ -241,8 +234,7 @@ def main(
     rows = measure(parameters, sites, threshold, sorted({0, 1, sites - threshold}))
     typer.echo(f"{parameters:,} values, {sites} sites, threshold {threshold}\n\n{table(rows)}")
     if json_file is not None:
-        result = {"bench": "secure_sum", "machine": _machine(), "rows": rows}
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_rows(json_file, "secure_sum", rows)
 
 
 if __name__ == "__main__":

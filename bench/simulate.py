@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +30,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from clipward.backends import run_in_process, run_on_ray
 from processes import tree
+from reporting import Table, cell, write_rows
 from server.app import coordinate
 from server.federation import Federation
 from server.rounds import Start
@@ -348,40 +348,18 @@ def _ratio(own: Sequence[float], ours: Sequence[float]) -> float | None:
     return statistics.median(own) / statistics.median(ours) if own and ours else None
 
 
-def machine() -> dict[str, Any]:
-    """What the figures are of."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {name: _version(name) for name in ("torch", "flwr", "ray", "pfl")}
-    return {"cores": len(os.sched_getaffinity(0)), "memory": memory, "device": "cpu", **versions}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, with a footnote for each reason why there is no figure."""
     header = ["what travels", "sites", "engine", "ms a site and round", "spread", "times ours"]
     header += ["processor ms", "times ours", "run s", "peak MB", "goal"]
-    lines, notes = [header, ["---"] * len(header)], list[str]()
+    made = Table(header)
     for row in rows:
-        mark = ""
-        if row["reason"]:
-            notes += [row["reason"]] if row["reason"] not in notes else []
-            mark = f" [{notes.index(row['reason']) + 1}]"
-        figures = [_cell(row["seconds"], 1e3, 2), _cell(row["spread"], 1e3, 2), _cell(row["ratio"], 1, 2)]
-        figures += [_cell(row["processor_seconds"], 1e3, 2), _cell(row["processor_ratio"], 1, 2)]
-        figures += [_cell(row["total_seconds"]), _cell(row["peak_bytes"], 1e-6, 0)]
-        lines.append([row["what"], str(row["sites"]), row["who"] + mark, *figures, _goal(row)])
-    notes = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in lines] + ([""] if notes else []) + notes)
-
-
-def _cell(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
-    return "\N{EN DASH}" if value is None else f"{value * scale:.{digits}f}"
+        cells = [row["what"], str(row["sites"]), row["who"] + made.mark(row["reason"])]
+        cells += [cell(row["seconds"], 1e3, digits=2), cell(row["spread"], 1e3, digits=2)]
+        cells += [cell(row["ratio"], digits=2), cell(row["processor_seconds"], 1e3, digits=2)]
+        cells += [cell(row["processor_ratio"], digits=2), cell(row["total_seconds"])]
+        made.add([*cells, cell(row["peak_bytes"], 1e-6, digits=0), _goal(row)])
+    return str(made)
 
 
 def _goal(row: Mapping[str, Any]) -> str:
@@ -439,8 +417,7 @@ def main(
     ]
     rows = compare(cases)
     if as_json is not None:
-        result = {"bench": "simulate", "machine": machine(), "rows": rows}
-        as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_rows(as_json, "simulate", rows, packages=("torch", "flwr", "ray", "pfl"))
     typer.echo(table(rows))
 
 
