@@ -117,17 +117,22 @@ class BatchMaker:
         return batch if data.positives is None else {**batch, "positives": data.positives[picked]}
 
 
-def made_up_data(part: TrainablePart, *, like: TrainingData, patients: int, studies: int) -> TrainingData:
-    """Random pairs of so many patients, in the form of ``like`` and with nothing of it, always the same."""
-    rng, rows, anchors = np.random.default_rng(0), patients * studies, like.masked.shape[1]
-    size, device = part.encoder.preprocessing.image_size, like.masked.device
-    pixels = like.pairs.images.dtype == torch.uint8
-    channels = like.pairs.images.shape[3:] if pixels else ()
+def made_up_pairs(part: TrainablePart, *, like: Pairs, rows: int) -> Pairs:
+    """Random images and texts in the form of ``like`` and with nothing of it, always the same."""
+    rng, size = np.random.default_rng(0), part.encoder.preprocessing.image_size
+    channels = like.images.shape[3:] if like.images.dtype == torch.uint8 else ()
     images = rng.integers(0, 256, size=(rows, size, size, *channels), dtype=np.uint8)
     texts = [" ".join(map(str, rng.integers(0, 1000, size=1 + row % 5))) for row in range(rows)]
+    return Pairs.of(part, images, texts)
+
+
+def made_up_data(part: TrainablePart, *, like: TrainingData, patients: int, studies: int) -> TrainingData:
+    """Random pairs of so many patients, in the form of ``like`` and with nothing of it, always the same."""
+    rng, rows, anchors = np.random.default_rng(1), patients * studies, like.masked.shape[1]
+    device = like.masked.device
     positives = torch.from_numpy(rng.random((rows, anchors), dtype=np.float32)).to(device)
     return TrainingData(
-        pairs=Pairs.of(part, images, texts),
+        pairs=made_up_pairs(part, like=like.pairs, rows=rows),
         patients=np.repeat(np.arange(patients), studies),
         masked=torch.from_numpy(rng.random((rows, anchors)) < 0.1).to(device),
         positives=None if like.positives is None else positives,

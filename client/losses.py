@@ -10,6 +10,7 @@ from client.objectives import Anchors, objective_of
 from encoders.parts import TrainablePart
 from privacy.losses import LossRelease
 from privacy.noise import GaussianNoise
+from privacy.probes import refuse_coupling
 from strategies.messages import MEAN_LOSS, Arrays, TrainingPlan
 
 CHUNK = 64
@@ -41,9 +42,14 @@ def release_mean_loss(
 
     Returns:
         One number, float32, shape (1,).
+
+    Raises:
+        UnsoundTraining: a patient's loss depends on other patients; no patient's pair was looked at.
     """
     part.module.eval()
     objective, rows_of = objective_of(part, data, anchors, plan), rows_by_patient(data.patients)
+    with torch.enable_grad():
+        refuse_coupling(part.module, objective.losses, objective.made_up())
     raw_losses = [
         objective.losses(part.module, objective.batch(chunk, sampling=sampling)).cpu().numpy()
         for chunk in _chunks(rows_of)

@@ -6,16 +6,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import Rows
+from client.batches import Rows, made_up_pairs
 from encoders.fitting import Pairs
 from encoders.parts import TrainablePart
 from privacy.noise import GaussianNoise
 from privacy.noisy_sums import MODALITIES, Modality
+from privacy.probes import refuse_mixed_rows
 from privacy.prototypes import PrototypeRelease, RawRows
 from strategies.messages import PROTOTYPE_SUMS, Arrays
 from tasks.concepts import finding_concepts, members_by_labels
 
 EMBED_ROWS = 256
+PROBE_ROWS = 6
 
 
 @torch.no_grad()
@@ -48,8 +50,13 @@ def release_prototypes(
 
     Returns:
         One array, float32 (2, K, d + 1): see `privacy.prototypes.NoisySums`.
+
+    Raises:
+        UnsoundTraining: the module embeds a row by other rows too; no patient's pair was looked at.
     """
     part.module.eval()
+    made_up = made_up_pairs(part, like=pairs, rows=PROBE_ROWS)
+    refuse_mixed_rows(part.module, (made_up.images, part.trimmed(made_up.texts)))
     members = members_by_labels(finding_concepts(findings), labels, rows=len(pairs))
     raw: dict[Modality, RawRows] = {
         modality: RawRows(

@@ -1,13 +1,16 @@
 """A site's mean loss is that of its patients, over its declared size, and nobody's else."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from client.losses import release_mean_loss
+from client.objectives import AnchoredObjective
 from encoders.parts import trainable_part
+from privacy.errors import UnsoundTraining
 from privacy.losses import LossRelease
 from privacy.noise import GaussianNoise
 from strategies.messages import MEAN_LOSS
@@ -33,6 +36,18 @@ def mean_loss(
     )
     assert {name: value.shape for name, value in update.items()} == {MEAN_LOSS: (1,)}
     return float(update[MEAN_LOSS][0])
+
+
+def test_a_loss_that_sees_other_patients_is_not_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = AnchoredObjective.losses
+
+    def less_the_mean(self: AnchoredObjective, *given: Any) -> torch.Tensor:
+        losses = alone(self, *given)
+        return losses - losses.mean()
+
+    monkeypatch.setattr(AnchoredObjective, "losses", less_the_mean)
+    with pytest.raises(UnsoundTraining, match="gradient to other rows"):
+        mean_loss([0, 1, 2, 3])
 
 
 def test_a_model_that_cannot_tell_guesses_among_partner_and_anchors() -> None:

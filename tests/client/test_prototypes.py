@@ -11,8 +11,9 @@ from client.policy import mechanism_for, prototypes_for
 from client.prototypes import release_prototypes
 from client.site import Site
 from encoders.fitting import Pairs
-from encoders.parts import trainable_part
+from encoders.parts import Module, trainable_part
 from privacy.accounting import epsilon
+from privacy.errors import UnsoundTraining
 from privacy.noise import GaussianNoise
 from privacy.noisy_sums import Modality
 from privacy.prototypes import PrototypeRelease
@@ -52,6 +53,27 @@ def sums(rows: list[int]) -> np.ndarray:
     )
     assert set(update) == {PROTOTYPE_SUMS}
     return update[PROTOTYPE_SUMS]
+
+
+class Mixing(Module):
+    """Takes the batch's mean away from every row."""
+
+    def __init__(self, between: Module) -> None:
+        super().__init__()
+        self.between = between
+
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        embeddings = self.between.embed_images(inputs)
+        return embeddings - embeddings.mean(0)
+
+    def embed_texts(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.between.embed_texts(inputs)
+
+
+def test_a_module_that_mixes_rows_releases_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PART, "module", Mixing(PART.module))
+    with pytest.raises(UnsoundTraining, match="changed when other rows left the batch"):
+        sums([0, 1, 2])
 
 
 def test_a_sum_is_each_patients_mean_of_what_their_own_labels_state() -> None:
