@@ -40,6 +40,7 @@ from client.workbench import (
     kept_optimizer,
     local_model,
     part_of,
+    require_rows_apart,
     training_data,
     training_pairs,
 )
@@ -100,6 +101,8 @@ def answer_train(site: Site, request: TrainRequest) -> Release:
     Raises:
         Refused: with one of the closed list of codes.
         LedgerError: the ledger cannot be used, or is not whole.
+        UnsoundTraining: by the model or the loss one patient's row reaches another's. Where a frozen tower is
+            at fault nothing is charged; else the failed try is, as every other failure.
     """
     check_plan(site, request)
     torch.set_num_threads(site.settings.device.cores)
@@ -120,6 +123,7 @@ def _with_claim(site: Site, request: TrainRequest) -> Release:
     if stored is not None:
         return _replayed(ledger, charge, stored)
     part = _ready(site, request)
+    require_rows_apart(part)
     reservation = _reserve(ledger, charge)
     try:
         started = time.monotonic()

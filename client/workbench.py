@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from client.batches import Rows, TrainingData
 from client.cohort import Cohort
 from client.cohort.settings import CohortModality
+from client.frozen import refuse_mixed_inputs
 from client.kept import kept
 from client.objectives import Anchors
 from client.site import packed_cohort
@@ -63,7 +64,7 @@ def part_of(
         EncoderError: its model cannot be built.
         PrivacyError: its prototypes are of another width than its model's embeddings.
     """
-    for made_for_a_part in (training_pairs, training_data, anchors_of):
+    for made_for_a_part in (training_pairs, training_data, anchors_of, require_rows_apart):
         made_for_a_part.cache_clear()
     bundle = installed.load()
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
@@ -107,7 +108,7 @@ def local_model(
         EncoderError: a model cannot be built.
     """
     if local_model.cache_info().currsize == LOCAL_MODELS:  # one is forgotten now
-        for made_for_a_part in (training_pairs, training_data, anchors_of):
+        for made_for_a_part in (training_pairs, training_data, anchors_of, require_rows_apart):
             made_for_a_part.cache_clear()
     bundle = installed.load()
     encoder = ClipEncoder.parse(bundle.model, bundle.weights)
@@ -123,6 +124,16 @@ def local_model(
     kind = "heads" if own is None else own.part
     part = trainable_part(encoder, kind, lora_rank=lora_rank, prompt_tokens=prompt_tokens)
     return LocalModel(part=part, start=part.arrays())
+
+
+@lru_cache(maxsize=LOCAL_MODELS)
+def require_rows_apart(part: TrainablePart) -> None:
+    """`refuse_mixed_inputs`, asked once of a part: its frozen towers stay as they are.
+
+    Raises:
+        UnsoundTraining: a frozen tower mixes rows, so nothing may be claimed for what is made of its outputs.
+    """
+    refuse_mixed_inputs(part)
 
 
 @dataclass(frozen=True, kw_only=True)
