@@ -8,11 +8,15 @@ class Refused(RuntimeError):
 
     Args:
         code: What the coordinator is told.
-        reason: What the hospital is told: the value, the rule, the remedy.
+        reason: What the hospital is told: the value, the rule.
         rule: Key of the ``[policy]`` table that decided, if one did.
+        remedy: What the hospital can do about it, where ``reason`` does not say so; it is told that too.
     """
 
-    def __init__(self, code: RefusalCode, reason: str, *, rule: str | None = None) -> None:
-        super().__init__(reason)
+    def __init__(
+        self, code: RefusalCode, reason: str, *, rule: str | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(reason if remedy is None else f"{reason}; {remedy}")
         self.code = code
+        self.reason = reason
         self.rule = rule

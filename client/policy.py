@@ -6,7 +6,7 @@ patient's file was opened, nothing was written into the ledger, and the refusal 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 from client.errors import Refused
@@ -40,10 +40,7 @@ def check_code(site: Site) -> None:
     Raises:
         Refused: POLICY; the text holds the digest to review and allow.
     """
-    allowed = site.settings.policy.code
-    digest = code_digest() if allowed else ""
-    unknown = bool(allowed) and digest not in allowed
-    _apply({"code": (unknown, f"this code has digest {digest}, which is not among policy.code: review it")})
+    _apply(_code(site))
 
 
 def check_run(site: Site, run: str) -> None:
@@ -53,9 +50,7 @@ def check_run(site: Site, run: str) -> None:
         Refused: POLICY, with the rule that says so.
     """
     check_code(site)
-    patterns = site.settings.policy.runs
-    named = any(fnmatchcase(run, pattern) for pattern in patterns)
-    _apply({"runs": (not named, f"run {run!r} is none of {', '.join(map(repr, patterns)) or 'no runs'}")})
+    _apply(_runs(site, run))
 
 
 def check_plan(site: Site, request: TrainRequest, *, clock: Callable[[], float] = time.time) -> None:
@@ -66,17 +61,51 @@ def check_plan(site: Site, request: TrainRequest, *, clock: Callable[[], float] 
     """
     check_run(site, request.run)
     now = clock()
-    _apply(_limits(site, request, now=now))
-    for reason, unsound in _demands(request).items():
-        if unsound:
-            raise Refused(RefusalCode.POLICY, reason)
-    _require_pairs(site, request)
-    _apply(_budget(site, request.plan), code=RefusalCode.BUDGET)
+    for refusal in _objections(site, request, now=now):
+        raise refusal
     if request.deadline_unix_seconds is not None and now > request.deadline_unix_seconds:
         raise Refused(RefusalCode.DEADLINE, "the deadline has passed: the reply would not be used")
 
 
-def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
+def foreseen(site: Site, request: TrainRequest) -> list[Refused]:
+    """Why the site will refuse the request whenever it comes: every reason, not the first alone.
+
+    That there is none promises nothing: what the clock, the ledger and the patients' files have to say is not
+    asked, nor how much noise the training is left with, which takes an accountant seconds.
+    """
+    plan = request.plan
+    rules = _code(site) | _runs(site, request.run)
+    found = [*_broken(rules), *_objections(site, request, now=None)]
+    if request.phase == "train":
+        return [*found, *(_broken(_draws(site, plan)) if plan.privacy == "dp" else ())]
+    beside = {"prototypes": plan.prototypes, "losses": plan.losses, "centre": plan.centre}[request.phase]
+    return [*found, *(_broken(_noise(site, beside.noise_multiplier)) if beside is not None else ())]
+
+
+def _code(site: Site) -> Rules:
+    allowed = site.settings.policy.code
+    digest = code_digest() if allowed else ""
+    unknown = bool(allowed) and digest not in allowed
+    return {"code": (unknown, f"this code has digest {digest}, which is not among policy.code: review it")}
+
+
+def _runs(site: Site, run: str) -> Rules:
+    patterns = site.settings.policy.runs
+    named = any(fnmatchcase(run, pattern) for pattern in patterns)
+    return {"runs": (not named, f"run {run!r} is none of {', '.join(map(repr, patterns)) or 'no runs'}")}
+
+
+def _objections(site: Site, request: TrainRequest, *, now: float | None) -> Iterator[Refused]:
+    """All that speaks against the request at a moment; null: at any."""
+    yield from _broken(_limits(site, request, now=now))
+    for reason, unsound in _demands(request).items():
+        if unsound:
+            yield Refused(RefusalCode.POLICY, reason)
+    yield from _without_partners(site, request)
+    yield from _broken(_budget(site, request.plan), code=RefusalCode.BUDGET)
+
+
+def _limits(site: Site, request: TrainRequest, *, now: float | None) -> Rules:
     """By key of the policy: whether the request breaks it, and how."""
     plan, policy = request.plan, site.settings.policy
     declared = site.settings.cohort.patients_declared
@@ -116,7 +145,7 @@ def _limits(site: Site, request: TrainRequest, *, now: float) -> Rules:
             f"a release would hold {out} bytes, policy.max-release-bytes is {policy.max_release_bytes}",
         ),
         "quiet-hours": (
-            policy.quiet_at(now),
+            now is not None and policy.quiet_at(now),
             f"no round begins during policy.quiet-hours {policy.quiet_hours} ({policy.timezone})",
         ),
     }
@@ -170,16 +199,12 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
     }
 
 
-def _require_pairs(site: Site, request: TrainRequest) -> None:
-    """Refuse to train a common model with images, or texts, that have no partner.
-
-    Raises:
-        Refused: COHORT; decided by the site's file, before its patients are looked at.
-    """
+def _without_partners(site: Site, request: TrainRequest) -> Iterator[Refused]:
+    """No common model is trained with images, or texts, that have no partner: the site's file says so."""
     modality = site.settings.cohort.modality
     if modality == "pairs" or request.phase == "prototypes" or not request.plan.shares_weights:
         return
-    raise Refused(
+    yield Refused(
         RefusalCode.COHORT,
         f"cohort.modality is {modality!r}, and weights for all are trained on pairs: this site takes part in "
         "prototypes, and in whole runs that share prototypes alone",
@@ -199,10 +224,16 @@ def _epsilon_of_run(site: Site, plan: TrainingPlan) -> float | None:
     return plan.epsilon if plan.epsilon is None or least is None else min(plan.epsilon, least)
 
 
-def _apply(rules: Rules, *, code: RefusalCode = RefusalCode.POLICY) -> None:
+def _apply(rules: Rules) -> None:
+    for refusal in _broken(rules):
+        raise refusal
+
+
+def _broken(rules: Rules, *, code: RefusalCode = RefusalCode.POLICY) -> Iterator[Refused]:
     for key, (broken, reason) in rules.items():
         if broken:
-            raise Refused(code, f"{reason}; to allow it, change policy.{key} in {SITE_FILE}", rule=key)
+            remedy = f"to allow it, change policy.{key} in {SITE_FILE}"
+            yield Refused(code, reason, rule=key, remedy=remedy)
 
 
 def check_release(site: Site, release: Release) -> Release:
@@ -232,10 +263,7 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
     Raises:
         Refused: POLICY, where the plan would draw too many patients or add too little noise.
     """
-    policy = site.settings.policy
-    sample_rate = plan.share_of(site.settings.cohort.patients_declared)
-    reason = f"sample rate {sample_rate:.3g} is above policy.max-sample-rate {policy.max_sample_rate}"
-    _apply({"max-sample-rate": (sample_rate > policy.max_sample_rate, reason)})
+    _apply(_draws(site, plan))
     epsilon = _epsilon_of_run(site, plan)
     if epsilon is None:
         raise Refused(RefusalCode.POLICY, "a plan with privacy names an epsilon")
@@ -243,19 +271,23 @@ def mechanism_for(site: Site, plan: TrainingPlan) -> Mechanism:
         noise_multiplier = noise_multiplier_for(
             epsilon=epsilon,
             delta=site.delta,
-            sample_rate=sample_rate,
+            sample_rate=_sample_rate(site, plan),
             steps=plan.rounds * plan.steps,
             besides=besides(plan),
         )
     except NoiseOutOfRange as error:
         raise Refused(RefusalCode.POLICY, str(error)) from error
-    _mind_noise(site, noise_multiplier)
+    _apply(_noise(site, noise_multiplier))
     return MECHANISMS[plan.objective](
         max_grad_norm=plan.max_grad_norm,
         noise_multiplier=noise_multiplier,
-        sample_rate=sample_rate,
+        sample_rate=_sample_rate(site, plan),
         steps=plan.steps,
     )
+
+
+def _sample_rate(site: Site, plan: TrainingPlan) -> float:
+    return plan.share_of(site.settings.cohort.patients_declared)
 
 
 def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRelease:
@@ -284,7 +316,7 @@ def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeReleas
 def _sums_for(
     site: Site, asked: PrototypePlan | CentrePlan, *, concepts: tuple[str, ...], width: int
 ) -> PrototypeRelease:
-    _mind_noise(site, asked.noise_multiplier)
+    _apply(_noise(site, asked.noise_multiplier))
     return PrototypeRelease(
         concepts=concepts,
         dimension=width,
@@ -302,7 +334,7 @@ def losses_for(site: Site, plan: TrainingPlan) -> LossRelease:
     """
     if plan.losses is None:
         raise Refused(RefusalCode.POLICY, "the plan names no losses")
-    _mind_noise(site, plan.losses.noise_multiplier)
+    _apply(_noise(site, plan.losses.noise_multiplier))
     return LossRelease(max_loss=plan.losses.max_loss, noise_multiplier=plan.losses.noise_multiplier)
 
 
@@ -316,7 +348,13 @@ def besides(plan: TrainingPlan) -> list[PoissonGaussian]:
     ]
 
 
-def _mind_noise(site: Site, noise_multiplier: float) -> None:
+def _draws(site: Site, plan: TrainingPlan) -> Rules:
+    sample_rate, most = _sample_rate(site, plan), site.settings.policy.max_sample_rate
+    reason = f"sample rate {sample_rate:.3g} is above policy.max-sample-rate {most}"
+    return {"max-sample-rate": (sample_rate > most, reason)}
+
+
+def _noise(site: Site, noise_multiplier: float) -> Rules:
     least = site.settings.policy.min_noise_multiplier
     reason = f"noise multiplier {noise_multiplier:.3g} is below policy.min-noise-multiplier {least}"
-    _apply({"min-noise-multiplier": (noise_multiplier < least, reason)})
+    return {"min-noise-multiplier": (noise_multiplier < least, reason)}

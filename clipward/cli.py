@@ -163,6 +163,7 @@ def simulate(
     """Run a whole federation on this machine and measure its model.
 
     Leaves runs/NAME/ with metrics.jsonl, checkpoints/, model/ (Hugging Face), summary.json and report.html.
+    Warns beforehand of sites whose policy will refuse every round.
 
     Example: clipward simulate configs/demo.toml --metrics-port 9464
 

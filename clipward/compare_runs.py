@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from client.site import SITE_FILE, Site
 from clipward.compare_arms import Arm
 from clipward.heterogeneity import pool
 from clipward.public_start import Progress, evaluation_set, prepare_start
+from clipward.refusals import CertainRefusal, warn_of
 from clipward.simulate import prepare_sites, run_sites
 from clipward.summary import summarise
 from server.errors import QuorumError
@@ -102,6 +103,7 @@ class Runner:
         self.folder = runs / f"{federation.name}-compare"
         self._starts, self._progress = runs / STARTS, on_progress
         self._bundles: dict[Path, str] = {}
+        self._warned: set[tuple[str, str]] = set()
         self._sites = {site.name: site for site in map(Site.open, prepare_sites(federation, self.folder))}
         for site in self._sites.values():
             site.cohort(on_progress=partial(on_progress, f"read {site.name}") if on_progress else None)
@@ -202,7 +204,15 @@ class Runner:
             held_out=self._held_out,
             resume=True,
             listeners=[tell],
+            warn=self._warn,
         )
+
+    def _warn(self, refusal: CertainRefusal) -> None:
+        """Say of every site once what it refuses in arm after arm."""
+        new = tuple(site for site in refusal.sites if (site, refusal.reason) not in self._warned)
+        self._warned |= {(site, refusal.reason) for site in new}
+        if new:
+            warn_of(replace(refusal, sites=new))
 
 
 def own_site(site: Site, root: Path, *, private: bool) -> Path:

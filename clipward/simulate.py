@@ -24,6 +24,7 @@ from clipward.backends import run_in_process, run_on_ray
 from clipward.heterogeneity import SITE, cut_table, pool, require_known, site_names
 from clipward.own_models import measured
 from clipward.public_start import Progress, evaluation_set, prepare_start
+from clipward.refusals import CertainRefusal, certain_refusals, warn_of
 from clipward.report import write_report
 from clipward.summary import summarise, write_summary
 from encoders.parts import TrainablePart
@@ -112,6 +113,7 @@ def run_sites(
     resume: bool,
     backend: Backend = "in-process",
     listeners: Sequence[Callable[[Event], None]] = (),
+    warn: Callable[[CertainRefusal], None] = warn_of,
 ) -> None:
     """Run all rounds over the sites in ``folders``; what is left of it is in ``run_dir``.
 
@@ -124,10 +126,14 @@ def run_sites(
         resume: Go on from the last checkpoint, if there is one.
         backend: In this process, or on Ray.
         listeners: Told every event.
+        warn: Told before the first round what sites will refuse.
 
     Raises:
         RunError: the run cannot start or go on.
     """
+    start = start_of(federation, prepared)
+    for refusal in certain_refusals(federation, map(Site.open, folders), start):
+        warn(refusal)
     common = federation.share.part != "prototypes"
     measure = evaluator(part_of(federation, prepared.bundle), held_out) if held_out and common else None
     server_app = ServerApp()
@@ -137,7 +143,7 @@ def run_sites(
         coordinate(
             grid,
             federation,
-            start=start_of(federation, prepared),
+            start=start,
             evaluate=measure,
             run_dir=run_dir,
             resume=resume,

@@ -1,6 +1,7 @@
 """Each rule refuses by its code, from the request alone: no cohort is read and nothing is charged."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -16,12 +17,15 @@ from client.answers import answer_hello, answer_install, answer_train
 from client.errors import Refused
 from client.limits import Policy
 from client.own_code import code_digest
-from client.policy import check_code, check_plan, check_release, check_run, mechanism_for
+from client.policy import check_code, check_plan, check_release, check_run, foreseen, mechanism_for
 from client.site import Site
 from privacy.accounting import epsilon
 from privacy.errors import NoiseOutOfRange
 from strategies.messages import (
+    CentrePlan,
     Hello,
+    LossPlan,
+    Phase,
     PrototypePlan,
     Refusal,
     RefusalCode,
@@ -158,6 +162,53 @@ def test_every_rule_of_the_policy_is_tried_above() -> None:
     assert keys - {"delta", "epsilon-run", "metrics", "timezone"} == {key for key, *_ in FORBIDDEN}
 
 
+UNFORESEEN = ("quiet-hours", "min-noise-multiplier")  # the clock, and an accountant, decide
+
+
+@pytest.mark.parametrize(("key", "value", "changes", "reason"), FORBIDDEN)
+def test_a_refusal_is_foreseen_where_neither_clock_nor_accountant_decides(
+    key: str, value: Any, changes: dict[str, Any], reason: str, folder: Path
+) -> None:
+    change_site(folder, policy={key: value, **({"timezone": "UTC"} if key == "quiet-hours" else {})})
+    demanded = replace(asked(**changes), arrays={"w": np.zeros(3, dtype=np.float32)})
+    found = foreseen(Site.open(folder), demanded)
+    assert [refused.rule for refused in found] == ([] if key in UNFORESEEN else [key])
+    for refused in found:
+        assert re.search(reason, refused.reason)
+        assert str(refused) == f"{refused.reason}; to allow it, change policy.{key} in site.toml"
+    assert {path.name for path in folder.iterdir()} == {"site.toml"}
+
+
+def test_all_that_is_foreseen_is_said_and_not_the_first_alone(folder: Path) -> None:
+    change_site(folder, policy={"max-rounds": 2, "runs": ["chest"], "epsilon-max": 1.0})
+    found = foreseen(Site.open(folder), asked(part="full", batch=11, keep_optimizer=True))
+    assert [refused.rule for refused in found] == [
+        "runs", "parts", "max-rounds", None, "epsilon-max", "max-sample-rate",
+    ]  # fmt: skip
+    assert "no optimizer is kept" in found[3].reason
+
+
+@pytest.mark.parametrize("phase", ["prototypes", "losses", "centre"])
+def test_too_little_noise_beside_the_training_is_foreseen_where_it_is_asked_for(
+    phase: Phase, folder: Path
+) -> None:
+    quiet: dict[Phase, Any] = {
+        "prototypes": PROTOTYPES.model_copy(update={"noise_multiplier": 0.5}),
+        "losses": LossPlan(noise_multiplier=0.5, max_loss=9.0),
+        "centre": CentrePlan(noise_multiplier=0.5, max_norm=1.5, count_weight=0.5),
+    }
+    site = Site.open(change_site(folder, policy={"parts": ["image-head"]}))
+    demanded = replace(asked(part="image-head", **{phase: quiet[phase]}), phase=phase)
+    (refused,) = foreseen(site, demanded)
+    assert refused.reason == "noise multiplier 0.5 is below policy.min-noise-multiplier 0.9"
+    assert foreseen(site, replace(demanded, phase="train")) == []
+
+
+def test_without_privacy_no_sample_rate_is_refused(folder: Path) -> None:
+    site = Site.open(change_site(folder, policy={"require-dp": False}))
+    assert foreseen(site, replace(asked(), plan=plain_plan(batch=26))) == []
+
+
 def test_what_is_just_allowed_passes(folder: Path) -> None:
     """Every bound itself is within the rule."""
     rules = {
@@ -171,7 +222,9 @@ def test_what_is_just_allowed_passes(folder: Path) -> None:
         "code": [ELSEWHERE, code_digest()],
     }
     change_site(folder, policy=rules)
-    check_plan(Site.open(folder), replace(asked(), arrays={"w": np.zeros(3, dtype=np.float32)}))
+    demanded = replace(asked(), arrays={"w": np.zeros(3, dtype=np.float32)})
+    check_plan(Site.open(folder), demanded)
+    assert foreseen(Site.open(folder), demanded) == []
 
 
 def test_epochs_are_counted_as_steps_of_the_declared_patients(folder: Path) -> None:

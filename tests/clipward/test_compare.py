@@ -355,13 +355,17 @@ def test_interrupted_it_goes_on_to_the_same_end(hospitals: Path) -> None:
     assert [row.measures for row in whole.rows] == [row.measures for row in comparison.rows]
 
 
-def test_a_site_that_refuses_has_no_figures_and_the_others_do(hospitals: Path) -> None:
+def test_a_site_that_refuses_has_no_figures_and_the_others_do(
+    hospitals: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     change_site(hospitals / "hospitals" / "site-2", policy={"min-patients": 1000})
     comparison, _ = compare(plain(hospitals), Asked(), runs=hospitals / "runs")
     rows = {row.name: row for row in comparison.rows}
     assert rows["site-2 alone"].measures == {}
     assert "site-2 policy" in str(rows["site-2 alone"].problem)
     assert rows["federation"].sites == 2
+    warning = f"site site-2 will refuse every round: {PATIENTS} patients are declared"
+    assert caplog.text.count(warning) == 1  # and not once more where it is alone
     text = "\n".join(comparison.reading)
     assert "Only 2 of 3 sites trained in it" in text
     assert "of 2 sites, in points of it: site-" in text

@@ -16,7 +16,7 @@ from client.site import Site
 from clipward.simulate import Result, simulate, without_privacy
 from server import checkpoints
 from server.errors import CheckpointError, QuorumError
-from server.metrics import read_events
+from server.metrics import Event, read_events
 from strategies.messages import digest_of
 from strategies.settings import SettingsError
 from tests.small_hospitals import (
@@ -183,6 +183,34 @@ def test_a_site_that_declares_too_few_refuses_every_round_and_the_others_go_on(h
     ]
     codes = {e["code"] for e in read_events(result.run_dir / "metrics.jsonl") if e["kind"] == "site_refused"}
     assert codes == {"policy"}
+
+
+def test_who_will_refuse_every_round_is_told_before_the_first(
+    hospitals: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("site-1", "site-3"):
+        change_site(hospitals / "hospitals" / name, policy={"max-rounds": ROUNDS - 1})
+    said_before: list[str] = []
+
+    def listen(event: Event) -> None:
+        if event["kind"] == "run_started":
+            said_before.append(caplog.text)
+
+    settings = federation(hospitals, strategy={"min-sites": 1})
+    result = simulate(settings, runs=hospitals / "runs", listeners=[listen])
+    warning = (
+        "sites site-1, site-3 will refuse every round: the run has 3 rounds, policy.max-rounds is 2: lower "
+        "training.rounds or have the hospitals raise policy.max-rounds"
+    )
+    assert [warning in text for text in said_before] == [True]
+    assert [site["rounds"] for site in result.summary["sites"]] == [0, ROUNDS, 0]
+
+
+def test_a_run_that_every_site_allows_is_not_warned_of(
+    hospitals: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(hospitals)
+    assert "refuse" not in caplog.text
 
 
 def test_a_site_with_one_true_patient_trains_as_any_other_and_only_its_operator_hears_of_it(
