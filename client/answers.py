@@ -28,7 +28,7 @@ from client.policy import (
     mechanism_for,
     prototypes_for,
 )
-from client.prototypes import release_prototypes
+from client.prototypes import raw_prototypes, release_prototypes
 from client.releases import RELEASES, ReleaseStore
 from client.site import Site, packed_cohort
 from client.training import plain_steps, train_plainly, train_privately
@@ -191,15 +191,17 @@ def _data(site: Site, request: TrainRequest, part: TrainablePart) -> tuple[Ancho
     anchors, texts = anchors_of(_installed(site, request), part, request.plan.anchors)
     if request.prototypes is not None:
         anchors = replace(anchors, prototypes=request.prototypes)
-    bank, alone = anchors.prototypes, not request.plan.shares_weights
+    of_round = request.prototypes
     data = training_data(
         site.folder,
         part,
         texts,
         request.plan.soft_positives,
-        anchors.wordings,
+        anchors.wordings if of_round is None else (),
         site.settings.cohort.modality,
-        targets=bank.concepts if bank is not None and alone else (),
+        concepts=() if of_round is None else of_round.concepts,
+        drawn=not request.plan.shares_weights,
+        all_partly_right=request.plan.soft_targets is not None,
     )
     return anchors, data
 
@@ -229,13 +231,12 @@ def _prototypes(
     site: Site, request: TrainRequest, part: TrainablePart, mechanism: PrototypeRelease, noise: GaussianNoise
 ) -> Arrays:
     known = training_pairs(site.folder, part, site.settings.cohort.modality)
-    plan = request.plan.prototypes
     released = release_prototypes(
         part,
         known.pairs,
         patients=known.patients,
         labels=known.labels,
-        findings=plan.findings if plan else (),
+        texts=known.texts,
         modalities=known.modalities,
         mechanism=mechanism,
         noise=noise,
@@ -296,6 +297,8 @@ def _made_without_claim(site: Site, request: TrainRequest) -> Release:
     match request.phase:
         case "centre":
             raw_update = _raw_centre(site, request, part)
+        case "prototypes":
+            raw_update = _raw_prototypes(site, request, part)
         case _:
             raw_update, steps = _raw_training(site, request, part)
     facts = _facts(site, request, seconds=time.monotonic() - started, steps=steps)
@@ -324,6 +327,19 @@ def _raw_centre(site: Site, request: TrainRequest, part: TrainablePart) -> Array
     known = training_pairs(site.folder, part)
     raw_sum = raw_centre(known.pairs, patients=known.patients, mechanism=_centre_release(site, request))
     return _packed(site, request, raw_sum)
+
+
+def _raw_prototypes(site: Site, request: TrainRequest, part: TrainablePart) -> Arrays:
+    known = training_pairs(site.folder, part)
+    raw_sums = raw_prototypes(
+        part,
+        known.pairs,
+        patients=known.patients,
+        labels=known.labels,
+        texts=known.texts,
+        mechanism=prototypes_for(site, request.plan, width=part.encoder.width),
+    )
+    return _packed(site, request, raw_sums)
 
 
 def _kept_and_packed(site: Site, request: TrainRequest, part: TrainablePart, difference: Arrays) -> Arrays:

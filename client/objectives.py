@@ -15,6 +15,7 @@ from encoders.objectives import (
     anchored_sigmoid_loss,
     grouped_infonce_loss,
     prototype_loss,
+    soft_targets,
 )
 from encoders.parts import TrainablePart
 from privacy.banks import PrototypeBank
@@ -42,6 +43,16 @@ class Anchors:
     def wordings(self) -> tuple[tuple[str, ...], ...]:
         """The sentences of each prototype."""
         return () if self.prototypes is None else self.prototypes.wordings
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor] | None:
+        """The prototypes of images and of texts, if there are any."""
+        if self.prototypes is None:
+            return None
+        device = self.texts.device
+        return torch.tensor(self.prototypes.image, device=device), torch.tensor(
+            self.prototypes.text, device=device
+        )
 
 
 class Objective(ABC):
@@ -122,15 +133,24 @@ class AnchoredObjective(Objective):
 
     def losses(self, call: Call, batch: Batch) -> Tensor:
         """Shape (P,)."""
+        images, texts = call(batch["images"].flatten(0, 1), batch["texts"].flatten(0, 1))
         losses = self._loss(
-            *call(batch["images"].flatten(0, 1), batch["texts"].flatten(0, 1)),
+            images,
+            texts,
             text_anchors=self._text_anchors,
             image_anchors=self._image_anchors,
             masked=batch["masked"].flatten(0, 1),
-            positives=batch["positives"].flatten(0, 1) if "positives" in batch else None,
+            positives=self._positives(batch, texts),
         )
         weights = batch["weights"]
         return (weights * losses.view_as(weights)).sum(1)
+
+    def _positives(self, batch: Batch, texts: Tensor) -> Tensor | None:
+        if "positives" in batch:
+            return batch["positives"].flatten(0, 1)
+        if self._plan.soft_targets is None:
+            return None
+        return soft_targets(texts, self._text_anchors, inverse_temperature=self._plan.soft_targets)
 
 
 class PrototypeObjective(AnchoredObjective):

@@ -29,7 +29,6 @@ from strategies.messages import (
 )
 from strategies.share import released
 from strategies.wire import size_of
-from tasks.concepts import finding_concepts
 
 Rules = dict[str, tuple[bool, str]]
 
@@ -172,9 +171,8 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
             not private and plan.optimizer == "dp-adambc"
         ),
         "a plan with privacy names an epsilon": private and plan.epsilon is None,
-        "prototypes are released with privacy, or not at all": not private and plan.prototypes is not None,
-        "prototypes are asked for, and the plan names none": (
-            request.phase == "prototypes" and plan.prototypes is None
+        "prototypes are asked for, and the plan names none for this round": (
+            request.phase == "prototypes" and not plan.releases_prototypes(request.server_round)
         ),
         "losses are released with privacy, or not at all": not private and plan.losses is not None,
         "a mean loss is asked for, and the plan names none": request.phase == "losses"
@@ -298,8 +296,7 @@ def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRe
     """
     if plan.prototypes is None:
         raise Refused(RefusalCode.POLICY, "the plan names no prototypes")
-    names = tuple(concept.name for concept in finding_concepts(plan.prototypes.findings))
-    return _sums_for(site, plan.prototypes, concepts=names, width=width)
+    return _sums_for(site, plan.prototypes, concepts=plan.prototypes.concepts, width=width)
 
 
 def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRelease:

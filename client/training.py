@@ -11,7 +11,7 @@ from client.batches import TrainingData, rows_by_patient
 from client.drift import correct_drift
 from client.engines import MakeEngine, engine_maker
 from client.objectives import Anchors, objective_of
-from encoders.fitting import ANCHOR_REFRESH_STEPS, PublicTexts, fit_infonce
+from encoders.fitting import ANCHOR_REFRESH_STEPS, PublicBank, fit_infonce
 from encoders.parts import TrainablePart, of_image_side
 from privacy.errors import UnsoundTraining
 from privacy.mechanism import Mechanism
@@ -111,9 +111,9 @@ def train_plainly(
 
     Args:
         part: Has the round's weights in it.
-        data: The site's training pairs. With soft positives each image is also asked for those among the
-            anchors' texts.
-        anchors: The public bank; without soft positives it is not used.
+        data: The site's training pairs. With soft positives or targets each image is also asked for those
+            among the anchors' texts and prototypes, and each text for those among the prototypes.
+        anchors: The public bank; without soft positives or targets it is not used.
         plan: What the coordinator asks.
         rng: Orders and augments.
         server_round: From 1; decides what is trained and where the learning-rate schedule is.
@@ -129,6 +129,14 @@ def train_plainly(
     optimizer, schedule = _optimizer(
         part, plan, server_round=server_round, steps=steps, correction=correction, kept=kept
     )
+    public = None
+    if shares is not None or plan.soft_targets is not None:
+        public = PublicBank(
+            texts=anchors.texts,
+            shares=shares,
+            soft_targets=plan.soft_targets or 1.0,
+            prototypes=anchors.vectors,
+        )
     fit_infonce(
         part,
         pairs,
@@ -138,7 +146,7 @@ def train_plainly(
         inverse_temperature=plan.inverse_temperature,
         augmented=plan.augment,
         rng=rng,
-        public=None if shares is None else PublicTexts(texts=anchors.texts, shares=shares),
+        public=public,
         on_step=lambda _: schedule.step(),
     )
     if kept is not None:

@@ -34,7 +34,7 @@ from privacy.noisy_sums import MODALITIES, Modality
 from strategies.bundles import BundleStore
 from strategies.messages import Arrays, Part, PublicBundle
 from strategies.settings import OwnModel
-from tasks.concepts import members_by_labels, named_concepts
+from tasks.concepts import Studies, members, named_concepts
 
 PAIRS_BYTES = 2**30  # 20,000 pairs at 224 pixels: a large hospital, or a thousand small ones
 OPTIMIZER_BYTES = 2**32
@@ -195,7 +195,9 @@ def training_data(
     soft_from: float | None = None,
     wordings: tuple[tuple[str, ...], ...] = (),
     modality: CohortModality = "pairs",
-    targets: tuple[str, ...] = (),
+    concepts: tuple[str, ...] = (),
+    drawn: bool = False,
+    all_partly_right: bool = False,
 ) -> TrainingData:
     """`training_pairs` beside the anchors.
 
@@ -205,10 +207,12 @@ def training_data(
         anchor_texts: The public bank.
         soft_from: Anchors from this similarity on are positives to a degree; None: those that say the same
             as a pair are left out for it.
-        wordings: Of the prototypes behind the bank, which are as near a text as the nearest of theirs.
+        wordings: Of prototypes of before behind the bank, which are as near a text as the nearest of theirs.
         modality: Of the site's rows.
-        targets: Names of the concepts of these prototypes, if a row is to be drawn to those that its own
-            labels state; empty: it is not.
+        concepts: Names of this round's prototypes behind the bank. A row belongs to those that its own labels
+            and text state, as it does where they are released.
+        drawn: Whether it is drawn to them without ``soft_from`` too, instead of leaving them out.
+        all_partly_right: Whether no anchor is left out, because the objective says how right each is.
     """
     known = training_pairs(folder, part, modality)
     pairs, texts, patients, device = known.pairs, known.texts, known.patients, known.pairs.images.device
@@ -217,16 +221,18 @@ def training_data(
     first = np.cumsum([0, *map(len, said)])[:-1]
     if soft_from is None:
         masked = np.maximum.reduceat(same_meaning(texts, sentences), first, axis=1)
-        shares = np.zeros(masked.shape, dtype=np.float32) if targets else None
+        shares = np.zeros(masked.shape, dtype=np.float32) if drawn else None
     else:
         similarity = np.maximum.reduceat(text_similarity(texts, sentences), first, axis=1)
         shares = soft_positives(similarity, least=soft_from)
         masked = np.zeros(shares.shape, dtype=bool)
-    if targets and shares is not None:
-        stated = members_by_labels(named_concepts(targets), known.labels, rows=len(texts))
-        behind = slice(-len(targets), None)
-        shares[:, behind] = np.maximum(shares[:, behind], stated)
-        masked[:, behind] &= stated == 0
+    if concepts:
+        stated = members(named_concepts(concepts), Studies(known.labels, texts))
+        if shares is not None:
+            shares = np.hstack([shares, stated])
+        masked = np.hstack([masked, stated > 0 if shares is None else np.zeros_like(stated, dtype=bool)])
+    if all_partly_right:
+        masked = np.zeros_like(masked)
     return TrainingData(
         pairs=pairs,
         patients=patients,

@@ -207,10 +207,10 @@ def _variants(base: Document, asked: Asked, federation: Federation) -> Iterator[
             f"{federation.name} has no [prototypes] table: add one, or leave --prototypes out"
         )
     without = {key: value for key, value in base.items() if key != "prototypes"}
-    anchored = base["objective"]["name"] == "anchored"
-    if not anchored or False in wanted:
+    usable = _parsed(without).objective.uses_anchors
+    if not usable or False in wanted:
         yield without
-    if anchored and True in wanted:
+    if usable and True in wanted:
         yield base
 
 

@@ -155,6 +155,9 @@ def describe(event: Event, *, rounds: int | None = None) -> str:
             return f"round {number}{of}: asking {_count(sites)}"
         case {"kind": "site_replied", "round": number, "site": site}:
             return f"round {number}{of}: {site} replied, {', '.join(_reply(event))}"
+        case {"kind": str(kind), "round": number, "site": site} if kind.endswith("_replied"):
+            facts = _reply({**event, "steps": None})
+            return f"round {number}{of}: {site} released {_released(kind)}, {', '.join(facts)}"
         case {"kind": "site_refused", "round": number, "site": site}:
             return (
                 f"round {number}{of}: {site} refused: {event.get('code')} (incident {event.get('incident')})"
@@ -176,6 +179,11 @@ def describe(event: Event, *, rounds: int | None = None) -> str:
         case {"kind": kind}:
             return str(kind)
     return "unknown event"
+
+
+def _released(kind: str) -> str:
+    phase = kind.removesuffix("_replied")
+    return {"centre": "the sum of its features", "losses": "its mean loss"}.get(phase, phase)
 
 
 def _count(sites: Sequence[str]) -> str:

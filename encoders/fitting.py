@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from encoders.augmentation import augment
-from encoders.objectives import infonce_loss, prototype_loss
+from encoders.objectives import infonce_loss, prototype_loss, soft_targets
 from encoders.parts import TrainablePart
 
 LARGEST_GRADIENT = 1.0
@@ -53,18 +53,23 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublicTexts:
-    """Public texts that images are told apart by, besides the texts of their batch.
+class PublicBank:
+    """Public texts and prototypes that images are told apart by, besides the texts of their batch.
 
     Where all texts of a site share what they are about, no batch of its own asks for that; these do.
 
     Attributes:
         texts: Inputs of one `TrainablePart`, one row a text, K of them.
-        shares: How far pair i's own text says what public text k says, in [0, 1], float32, shape (N, K).
+        shares: How far pair i's own text says what public text k, or concept k - K, says, in [0, 1], float32,
+            shape (N, K + P); null: as `encoders.objectives.soft_targets` says.
+        soft_targets: The inverse temperature of these.
+        prototypes: Unit vectors of P concepts, of images and of texts, each (P, D); null: there are none.
     """
 
     texts: Tensor
-    shares: Tensor
+    shares: Tensor | None = None
+    soft_targets: float = 1.0
+    prototypes: tuple[Tensor, Tensor] | None = None
 
 
 def fit_infonce(
@@ -77,13 +82,14 @@ def fit_infonce(
     inverse_temperature: float,
     augmented: bool,
     rng: np.random.Generator,
-    public: PublicTexts | None = None,
+    public: PublicBank | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Take ``steps`` steps of InfoNCE over reshuffled pairs; changes the part's weights in place.
 
-    With ``public`` the mean `prototype_loss` of the batch's images is added: an image has to tell which
-    public texts say what its own says. They are embedded without gradient, anew every `ANCHOR_REFRESH_STEPS`.
+    With ``public`` the mean `prototype_loss` of the batch is added: an image has to tell which public texts,
+    and which prototypes of texts, say what its own says, and a text which prototypes of images. The public
+    texts are embedded without gradient, anew every `ANCHOR_REFRESH_STEPS`; prototypes stay as they are.
     """
     parameters = list(part.parameters().values())
     batches = shuffled_batches(len(pairs), batch=batch, rng=rng)
@@ -102,25 +108,42 @@ def fit_infonce(
         )
         if public is not None:
             if step % ANCHOR_REFRESH_STEPS == 0:
-                with torch.no_grad():
-                    anchors = part.module.embed_texts(part.trimmed(public.texts))
-            shares = public.shares[rows]
-            loss = (
-                loss
-                + prototype_loss(
-                    image_embeddings,
-                    anchors=anchors,
-                    masked=torch.zeros_like(shares, dtype=torch.bool),
-                    positives=shares,
-                    inverse_temperature=inverse_temperature,
-                ).mean()
+                text_anchors, image_anchors = _encoded(public, part)
+            shares = (
+                soft_targets(text_embeddings, text_anchors, inverse_temperature=public.soft_targets)
+                if public.shares is None
+                else public.shares[rows]
             )
+            for embeddings, anchors in ((image_embeddings, text_anchors), (text_embeddings, image_anchors)):
+                if anchors is None:
+                    continue
+                own = shares[:, -len(anchors) :]
+                loss = (
+                    loss
+                    + prototype_loss(
+                        embeddings,
+                        anchors=anchors,
+                        masked=torch.zeros_like(own, dtype=torch.bool),
+                        positives=own,
+                        inverse_temperature=inverse_temperature,
+                    ).mean()
+                )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
         if on_step:
             on_step(step)
+
+
+@torch.no_grad()
+def _encoded(public: PublicBank, part: TrainablePart) -> tuple[Tensor, Tensor | None]:
+    """Text anchors (K + P, D), and image anchors (P, D) if there are prototypes."""
+    texts = part.module.embed_texts(part.trimmed(public.texts))
+    if public.prototypes is None:
+        return texts, None
+    of_images, of_texts = public.prototypes
+    return torch.cat([texts, of_texts]), of_images
 
 
 def shuffled_batches(rows: int, *, batch: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -265,6 +265,25 @@ def soft_positives(similarity: NDArray[np.float32], *, least: float) -> NDArray[
     return np.asarray(np.clip((similarity - least) / (SAME_MEANING - least), 0, 1), dtype=np.float32)
 
 
+def soft_targets(text_embeddings: Tensor, text_anchors: Tensor, *, inverse_temperature: float) -> Tensor:
+    """How far each anchor is right for a pair, by how near its text is to the pair's own: 1 for all together.
+
+    Row i depends on row i and the anchors alone, and carries no gradient.
+
+    Args:
+        text_embeddings: Unit vectors, shape (B, D).
+        text_anchors: Unit vectors, shape (K, D).
+        inverse_temperature: The larger, the fewer anchors share the target.
+
+    Returns:
+        Shape (B, K).
+
+    Source:
+        Semantic matching of Wang et al. (2022), arXiv:2210.10163, section 3.3, by embeddings for labels.
+    """
+    return (inverse_temperature * text_embeddings.detach() @ text_anchors.T).softmax(-1)
+
+
 def _refuse_gradient(*anchors: Tensor) -> None:
     if any(side.requires_grad for side in anchors):
         raise ValueError("anchors must be built under no_grad: a bank with gradient leaks into every pair")

@@ -107,13 +107,14 @@ class PrototypeRelease(WholeCohort):
         rows_of = {modality: _rows_by_patient(rows.patients) for modality, rows in raw.items()}
         raw_total = np.zeros(self._shape)
         for patient in sorted(set().union(*rows_of.values())):
-            contribution = np.zeros(self._shape)
-            for modality, own in rows_of.items():
-                if patient in own:
-                    contribution[MODALITIES.index(modality)] = self._mean(raw[modality], own[patient])
+            own = {modality: rows[patient] for modality, rows in rows_of.items() if patient in rows}
+            stated = self._stated(raw, own)  # all other concepts get nothing of this patient
+            contribution = np.zeros((len(MODALITIES), len(stated), self.dimension + 1))
+            for modality, mine in own.items():
+                contribution[MODALITIES.index(modality)] = self._mean(raw[modality], mine, stated)
             # Whole numbers, rounded towards zero: no patient grows past the bound, and no rounding of a long
             # sum makes the difference of two neighbours larger than one patient.
-            raw_total += np.trunc(_clipped(contribution, max_norm=self.max_norm) / self._grid)
+            raw_total[:, stated] += np.trunc(_clipped(contribution, max_norm=self.max_norm) / self._grid)
         return raw_total * self._grid
 
     def release(self, clipped_sum: NDArray[np.float64], noise: GaussianNoise) -> NoisySums:
@@ -154,8 +155,18 @@ class PrototypeRelease(WholeCohort):
                 "many of each as patients"
             )
 
-    def _mean(self, raw: RawRows, own: NDArray[np.intp]) -> NDArray[np.float64]:
-        members = raw.members[own].astype(np.float64)
+    def _stated(
+        self, raw: Mapping[Modality, RawRows], own: Mapping[Modality, NDArray[np.intp]]
+    ) -> NDArray[np.intp]:
+        """The concepts that one of a patient's rows states; none where a row is not finite."""
+        if not all(np.isfinite(raw[modality].embeddings[rows]).all() for modality, rows in own.items()):
+            return np.empty(0, dtype=np.intp)
+        return np.flatnonzero(
+            sum((raw[modality].members[rows] != 0).any(0) for modality, rows in own.items())
+        )
+
+    def _mean(self, raw: RawRows, own: NDArray[np.intp], concepts: NDArray[np.intp]) -> NDArray[np.float64]:
+        members = raw.members[np.ix_(own, concepts)].astype(np.float64)
         embeddings = raw.embeddings[own].astype(np.float64)
         weighed = np.column_stack([embeddings, np.full(len(own), self.count_weight)])
         with np.errstate(all="ignore"):  # what is not finite is dropped with the patient

@@ -20,6 +20,7 @@ from strategies.messages import (
 from strategies.messages import Objective as ObjectiveName
 from strategies.settings import ModelSettings, OwnModel, PairSource, Settings
 from strategies.strategy import SUMMED, StrategySettings
+from tasks.concepts import Concept, ConceptKind, finding_concepts, view_concepts
 from tasks.prompts import PROMPTS
 
 DEFAULT_BATCH = 64
@@ -113,7 +114,9 @@ class Objective(Settings):
         logit_bias: b of the sigmoid form; about -log(anchors) lets partner and anchors weigh alike at first.
         soft_positives: Anchors whose text is at least so similar to a pair's (cosine of word counts) are
             partly right for it; without, those that say the same are left out. With ``infonce`` an image is
-            asked for them besides its own text, and without soft positives anchors are not used.
+            asked for them besides its own text; without soft positives or targets anchors are not used.
+        soft_targets: Instead, all anchors are partly right for a pair, the nearer the embeddings of the two
+            texts the more: the inverse temperature of the softmax that shares the target among them.
         groups: Of microbatch; batch / groups patients are expected in one.
     """
 
@@ -125,7 +128,20 @@ class Objective(Settings):
     form: Literal["softmax", "sigmoid"] = "softmax"
     logit_bias: float = Field(default=-5.0, allow_inf_nan=False)
     soft_positives: float | None = Field(default=None, ge=0, lt=0.9)
+    soft_targets: float | None = Field(default=None, gt=0, le=100)
     groups: int = Field(default=16, ge=1)
+
+    @property
+    def uses_anchors(self) -> bool:
+        """Whether pairs meet the bank in training; in InfoNCE they do where some of it is right for them."""
+        soft = self.soft_positives is not None or self.soft_targets is not None
+        return self.name == "anchored" or (self.name == "infonce" and soft)
+
+    @model_validator(mode="after")
+    def _one_kind_of_softness(self) -> Self:
+        if self.soft_positives is not None and self.soft_targets is not None:
+            raise ValueError("name one: soft-positives go by words, soft-targets by embeddings")
+        return self
 
     @model_validator(mode="after")
     def _prototypes_are_anchors(self) -> Self:
@@ -159,28 +175,56 @@ class Prototypes(Settings):
     pair is also drawn to the prototypes of what its own report says.
 
     Attributes:
-        findings: Each is two concepts, there and ruled out. A site reads them from its label columns or, with
+        findings: Each is two concepts, there and ruled out. A site reads them in its label columns or, with
             label-reports, from its reports; one without labels takes part with zeros.
-        noise_multiplier: Noise of a release; what all rounds' cost is taken from the run's epsilon.
+        views: What an image shows of whom, and by what technique: each term of ``planes``, ``techniques`` and
+            ``regions`` is a concept of the reports that have it, and of ``views`` a plane, a technique
+            and a region together. A view that too few patients have is left out.
+        noise_multiplier: Noise of a release; what all rounds' cost is taken from the run's epsilon. Without
+            privacy there is none.
         count_weight: What a patient adds to a concept's count, an embedding being of length 1.
-        max_norm: Bound on what one patient adds; without it, what an image and a report of one concept need.
+        max_norm: Bound on what one patient adds; without it, what an image and a report need that state one
+            concept of the findings and one of each kind of views.
+        every: They are released in round 1 and every so many rounds; the rounds between train with the last.
         least_cosine: Of a direction with the one that it would be without noise.
+        least_patients: Smallest noisy count of a concept that is used.
     """
 
     findings: tuple[str, ...] = tuple(PROMPTS)
+    views: tuple[ConceptKind, ...] = ()
     noise_multiplier: float = Field(default=10.0, gt=0)
     count_weight: float = Field(default=0.5, gt=0)
     max_norm: float | None = Field(default=None, gt=0)
+    every: int = Field(default=1, ge=1)
     least_cosine: float = Field(default=0.5, gt=0, lt=1)
+    least_patients: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _concepts_once_each(self) -> Self:
+        names = [concept.name for concept in self.concepts]
+        if not names:
+            raise ValueError("prototypes are of concepts: name findings, or views")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"concept {name!r} is named twice")
+        _ = [concept.prompts for concept in self.concepts]  # of a blank finding there are none
+        return self
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """Findings first."""
+        return (*finding_concepts(self.findings), *view_concepts(self.views))
 
     def plan(self, *, wire: Wire) -> PrototypePlan:
         """What sites are asked for, and in which form."""
-        fits = math.sqrt(2 * (1 + self.count_weight**2))
+        stated = bool(self.findings) + len(self.views)
+        fits = math.sqrt(2 * stated * (1 + self.count_weight**2))
         return PrototypePlan(
-            findings=self.findings,
+            concepts=tuple(concept.name for concept in self.concepts),
             noise_multiplier=self.noise_multiplier,
             max_norm=fits if self.max_norm is None else self.max_norm,
             count_weight=self.count_weight,
+            every=self.every,
             wire=wire,
         )
 
@@ -619,10 +663,10 @@ class Federation(Settings):
             raise ValueError("evaluation.stop-after needs evaluations: name public data in evaluation.data")
         if "public" in self.anchor_sources and self.public_start is None:
             raise ValueError("objective.anchors-from 'public' takes them from public-start: name its data")
-        if self.prototypes is not None and (self.privacy.mode, self.objective.name) != ("dp", "anchored"):
+        if self.prototypes is not None and not self.objective.uses_anchors:
             raise ValueError(
-                "prototypes are anchors that are released with privacy: they need privacy.mode = 'dp' and "
-                "objective.name = 'anchored'"
+                "prototypes are anchors, and this objective has none: they need objective.name = 'anchored' "
+                "or, without privacy, soft-positives or soft-targets"
             )
         if self.strategy.needs_losses and (self.privacy.mode, self.objective.name) != ("dp", "anchored"):
             raise ValueError(
@@ -648,7 +692,12 @@ class Federation(Settings):
 
     def _require_prototypes_alone(self) -> None:
         needed = {
+            "privacy.mode = 'dp', or its models would be given away": self.privacy.mode == "dp",
             "a table [prototypes] that says which concepts": self.prototypes is not None,
+            "prototypes.every = 1, as nothing else is new": self.prototypes is None
+            or self.prototypes.every == 1,
+            "no objective.soft-targets: its concepts are stated by labels": self.objective.soft_targets
+            is None,
             "training.rounds of at least 2: the first goes by the prompts": self.training.rounds > 1,
             "strategy.name = 'fedavg', as no updates are combined": self.strategy.name == "fedavg",
             "strategy.late = 'drop', for the same reason": self.strategy.late == "drop",
@@ -749,6 +798,7 @@ class Federation(Settings):
             loss=self.objective.form,
             logit_bias=self.objective.logit_bias,
             soft_positives=self.objective.soft_positives,
+            soft_targets=self.objective.soft_targets,
             groups=self.objective.groups,
             privacy=self.privacy.mode,
             epsilon=self.privacy.epsilon,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from privacy.noisy_sums import MODALITIES, NoisySums
 from server.sums import SiteSum
 from strategies.files import sync
 from strategies.messages import PROTOTYPE_SUMS, Arrays, PrototypePlan
-from tasks.concepts import Concept, finding_concepts
+from tasks.concepts import Concept, FindingConcept, named_concepts
 
 PROTOTYPES_FOLDER = "prototypes"
 _LARGEST_NOISE = 10.0  # standard deviations
@@ -29,8 +29,10 @@ class Prototypes:
         plan: What sites are asked for.
         width: D of the embeddings.
         least_cosine: A direction is used where noise should leave it such a cosine with the one without
-            noise; elsewhere the concept's prompts stand in.
+            noise; elsewhere a finding's prompts stand in, and a view is left out.
+        least_patients: And where its noisy count is so large.
         embed: Unit directions (K, D) of the concepts' prompts under given weights.
+        private: Whether the sites add noise.
         shares_weights: Weights travel beside them. Without, every round needs a direction for every concept,
             and takes the prompts where nobody has released one: in the first round, of all.
     """
@@ -38,13 +40,15 @@ class Prototypes:
     plan: PrototypePlan
     width: int
     least_cosine: float
+    least_patients: int = 1
     embed: EmbedConcepts
+    private: bool = True
     shares_weights: bool = True
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
-        """K of them, two a finding."""
-        return finding_concepts(self.plan.findings)
+        """K of them."""
+        return named_concepts(self.plan.concepts)
 
     @property
     def like(self) -> Arrays:
@@ -66,23 +70,39 @@ class PrototypeSum(SiteSum):
         return NoisySums(
             concepts=tuple(concept.name for concept in self._prototypes.concepts),
             values=self.total.astype(np.float32),
-            noise_std=math.sqrt(self.sites) * plan.noise_multiplier * plan.max_norm,
+            noise_std=math.sqrt(self.sites) * plan.noise_multiplier * plan.max_norm
+            if self._prototypes.private
+            else 0.0,
             count_weight=plan.count_weight,
         )
 
-    def bank(self, arrays: Arrays) -> PrototypeBank:
-        """The prototypes for sites that train on from these weights."""
-        prototypes, sums = self._prototypes, self.sums()
-        return sums.bank(
-            prototypes.embed(arrays, prototypes.concepts),
-            least_count=least_count(sums, least_cosine=prototypes.least_cosine),
-            wordings=[concept.prompts for concept in prototypes.concepts],
+    def bank(self, arrays: Arrays) -> PrototypeBank | None:
+        """The prototypes for sites that train on from these weights; null: of no concept there is one."""
+        prototypes, sums, least = self._prototypes, self.sums(), self._least
+        kept = [
+            number
+            for number, concept in enumerate(prototypes.concepts)
+            if isinstance(concept, FindingConcept) or sums.counts[:, number].min() >= least
+        ]
+        if not kept:
+            return None
+        concepts = tuple(prototypes.concepts[number] for number in kept)
+        used = replace(sums, concepts=tuple(each.name for each in concepts), values=sums.values[:, kept])
+        return used.bank(
+            prototypes.embed(arrays, concepts),
+            least_count=least,
+            wordings=[concept.prompts for concept in concepts],
         )
+
+    @property
+    def _least(self) -> float:
+        prototypes = self._prototypes
+        least = least_count(self.sums(), least_cosine=prototypes.least_cosine)
+        return max(least, prototypes.least_patients)
 
     def facts(self) -> Mapping[str, Any]:
         """What the run's events say: noisy counts are public, as the sums are."""
-        sums = self.sums()
-        least = least_count(sums, least_cosine=self._prototypes.least_cosine)
+        sums, least = self.sums(), self._least
         return {
             "sites": self.sites,
             "concepts": len(sums.concepts),

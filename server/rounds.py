@@ -250,15 +250,21 @@ class _Run:
     ) -> PrototypeBank | Outcome | None:
         """This round's prototypes, made of the sites' or, where that was done before, read.
 
+        Those of an earlier round that were never made are not asked for later: sites may have paid for them.
+
         Returns:
             Them; null: the round trains without; or what came of a secure sum that was not made. Sites have
             paid for what is in it, so the round waits for it, or is passed over.
         """
-        prototypes, path = self._start.prototypes, self._prototype_file(server_round)
+        prototypes = self._start.prototypes
         if prototypes is None:
             return None
+        made_in = server_round - (server_round - 1) % prototypes.plan.every
+        path = self._prototype_file(made_in)
         if path.is_file():
             return PrototypeBank.load(path)
+        if made_in < server_round:
+            return None
         total, alone = PrototypeSum(prototypes), not prototypes.shares_weights
         if not alone or server_round > 1:
             request = replace(self._request(server_round, base), phase="prototypes")
@@ -267,7 +273,8 @@ class _Run:
             if not outcome.replied and not alone:  # each site's refusal is in the log
                 return outcome if outcome.reason else None
         bank = total.bank(base)
-        keep(bank, path)
+        if bank is not None:
+            keep(bank, path)
         self._log.record("prototypes_made", round=server_round, **total.facts())
         return bank
 
@@ -305,7 +312,9 @@ class _Run:
         """Who alone can be asked for the secure sum that is due; null: anybody."""
         if self._secure is None:
             return None
-        due = self._start.prototypes is not None and not self._prototype_file(server_round).is_file()
+        due = self._federation.plan().releases_prototypes(server_round) and not (
+            self._prototype_file(server_round).is_file()
+        )
         return self._secure.bound(server_round, "prototypes" if due else "train")
 
     def _prototype_file(self, server_round: int) -> Path:

@@ -209,7 +209,9 @@ def _prototypes(federation: Federation, part: TrainablePart) -> Prototypes | Non
         plan=plan,
         width=part.encoder.width,
         least_cosine=federation.prototypes.least_cosine,
+        least_patients=federation.prototypes.least_patients,
         embed=embed,
+        private=federation.privacy.mode == "dp",
         shares_weights=federation.plan().shares_weights,
     )
 

@@ -98,24 +98,26 @@ class Facts(BaseModel):
 
 
 class PrototypePlan(Facts):
-    """Prototypes that every site releases at the start of every round, with the round's weights.
+    """Prototypes that every site releases at the start of a round, with the round's weights.
 
     Where nothing else is shared, the first round has none: what models that never met say of a concept points
     nowhere in common, so that round goes by the prompts.
 
     Attributes:
-        findings: Each is two concepts: there, and ruled out (`tasks.concepts`).
-        noise_multiplier: Noise standard deviation over ``max_norm``, in every release.
+        concepts: Their names, as `tasks.concepts` writes them.
+        noise_multiplier: Noise standard deviation over ``max_norm``, in every release of a run with privacy.
         max_norm: Bound on what a patient adds to all sums and counts together.
         count_weight: What a patient of one concept adds to its count, in the units of embeddings.
+        every: They are released in round 1 and every so many rounds; the rounds between train with the last.
         wire: How the sums travel. They lose nothing in bfloat16 that their noise left, and secure sums are
             made of fp32.
     """
 
-    findings: tuple[Label, ...] = Field(min_length=1, max_length=256)
+    concepts: tuple[Label, ...] = Field(min_length=1, max_length=4096)
     noise_multiplier: float = Field(gt=0)
     max_norm: float = Field(gt=0)
     count_weight: float = Field(gt=0)
+    every: int = Field(default=1, ge=1)
     wire: Wire = "bf16"
 
 
@@ -177,13 +179,15 @@ class TrainingPlan(Facts):
         logit_bias: b of the sigmoid form, public and fixed.
         soft_positives: Anchors whose text is at least so similar to a pair's own are partly right for it,
             in [0, 0.9); null: those that say the same are left out, and all others are wrong.
+        soft_targets: Instead, all are partly right, by `encoders.objectives.soft_targets`: its inverse
+            temperature.
         groups: M of the microbatch objective: each drawn patient joins one of so many groups at random.
         lora_rank: Columns of a LoRA factor.
         lora_train: Which factors a round trains: A and B by turns, or B alone. See `strategies.share`.
         prompt_tokens: Learned tokens in every text, for prompts.
         personal: Weights that every site trains and keeps to itself.
         wire: How updates travel; see `strategies.wire`.
-        prototypes: What sites release besides their updates; null: nothing. Only with privacy.
+        prototypes: What sites release besides their updates; null: nothing.
         losses: The same for a mean loss, where the strategy weighs sites by it.
         centre: What sites release once for the shift of ``image-head``; null: there is none.
         proximal: mu; mu times the way from the round's weights is added to every noised gradient.
@@ -211,6 +215,7 @@ class TrainingPlan(Facts):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     logit_bias: float = -5.0
     soft_positives: float | None = Field(default=None, ge=0, lt=0.9)
+    soft_targets: float | None = Field(default=None, gt=0, le=100)
     groups: int = Field(default=16, ge=1)
     augment: bool
     lora_rank: int = Field(ge=1)
@@ -243,12 +248,16 @@ class TrainingPlan(Facts):
         """Whether weights travel; else every site trains a model of its own towards common prototypes."""
         return self.part != "prototypes"
 
+    def releases_prototypes(self, server_round: int) -> bool:
+        """Whether a site is asked for prototypes in this round."""
+        if self.prototypes is None or (server_round == 1 and not self.shares_weights):
+            return False
+        return (server_round - 1) % self.prototypes.every == 0
+
     @property
     def prototype_releases(self) -> int:
         """How often a site releases prototypes in the whole run."""
-        if self.prototypes is None:
-            return 0
-        return self.rounds if self.shares_weights else self.rounds - 1
+        return sum(map(self.releases_prototypes, range(1, self.rounds + 1)))
 
 
 class Hello(Facts):

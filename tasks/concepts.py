@@ -1,109 +1,158 @@
-"""The concepts of prototypes: each finding, there or ruled out. They are public: their names tell nothing."""
+"""The concepts of prototypes: findings, there or ruled out, and views. All are public."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, cached_property
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.embeddings import EmbeddingArray, EvaluationError, checked_embeddings
 from tasks.prompts import prompts_for
+from tasks.views import VIEW_KINDS, VIEWS, ViewKind, example_sentences, mentions
 from tasks.zero_shot import TextEncoder
+
+ConceptKind = Literal[ViewKind, "views"]  # of single words, or of a plane, a technique and a region together
+Labels = Mapping[str, NDArray[np.floating[Any]]]
+
+
+class Studies:
+    """What is known of N studies, and which words their reports have.
+
+    Args:
+        labels: By finding, 1 there, 0 ruled out, else unknown, shape (N,); findings may lack.
+        texts: N reports, blank where there is none.
+    """
+
+    def __init__(self, labels: Labels, texts: Sequence[str]) -> None:
+        self._labels, self._texts = labels, texts
+        self.mention = cache(self._mention)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def label(self, finding: str) -> NDArray[np.floating[Any]]:
+        """Shape (N,)."""
+        return self._labels.get(finding, np.full(len(self), np.nan))
+
+    def _mention(self, kind: ViewKind, term: str) -> NDArray[np.bool_]:
+        return mentions(kind, term, self._texts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Concept:
-    """One side of a finding.
+class FindingConcept:
+    """One side of a finding, stated by labels.
 
     Attributes:
         finding: Its name, as in label columns.
         present: There, or ruled out.
-        prompts: How reports write that.
     """
 
     finding: str
     present: bool
-    prompts: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """``effusion present`` or ``effusion absent``."""
         return f"{self.finding} {'present' if self.present else 'absent'}"
 
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """How reports write that.
+
+        Raises:
+            EvaluationError: the finding is blank.
+        """
+        pair = prompts_for(self.finding)
+        return pair.positive if self.present else pair.negative
+
+    def stated(self, studies: Studies) -> NDArray[np.bool_]:
+        """Where the label is 1 for present, 0 for absent; anything else is unknown and states neither."""
+        return np.asarray(studies.label(self.finding) == float(self.present))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConcept:
+    """What an image shows of whom, or by what technique, stated by the words of a report.
+
+    Attributes:
+        name: ``axial``, ``CT``, ``head``, or ``axial CT of the head``.
+        terms: Of `tasks.views`; a report that has all of them states it.
+    """
+
+    name: str
+    terms: tuple[tuple[ViewKind, str], ...]
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Sentences with its terms."""
+        if len(self.terms) > 1:
+            return (f"{self.name[0].upper()}{self.name[1:]}.",)
+        ((kind, term),) = self.terms
+        return example_sentences(kind, term)
+
+    def stated(self, studies: Studies) -> NDArray[np.bool_]:
+        """Where the report has the terms."""
+        there = [studies.mention(kind, term) for kind, term in self.terms]
+        return np.asarray(np.logical_and.reduce(there))
+
+
+Concept = FindingConcept | ViewConcept
+
 
 def finding_concepts(findings: Sequence[str]) -> tuple[Concept, ...]:
-    """Two concepts a finding, in order: present, absent.
+    """Two concepts a finding, in order: present, absent."""
+    return tuple(FindingConcept(finding=each, present=there) for each in findings for there in (True, False))
 
-    Raises:
-        EvaluationError: a finding is blank.
-    """
-    return tuple(
-        Concept(finding=finding, present=present, prompts=prompts)
-        for finding in findings
-        for present, prompts in (
-            (True, prompts_for(finding).positive),
-            (False, prompts_for(finding).negative),
+
+def view_concepts(kinds: Sequence[ConceptKind]) -> tuple[Concept, ...]:
+    """All concepts of these kinds: one for each term, or for each plane, technique and region together."""
+    return tuple(concept for kind in kinds for concept in _of_kind(kind))
+
+
+def _of_kind(kind: ConceptKind) -> Iterator[ViewConcept]:
+    if kind != "views":
+        yield from (ViewConcept(name=term, terms=((kind, term),)) for term in VIEWS[kind])
+        return
+    for plane, technique, region in product(VIEWS["planes"], VIEWS["techniques"], VIEWS["regions"]):
+        yield ViewConcept(
+            name=f"{plane} {technique} of the {region}",
+            terms=(("planes", plane), ("techniques", technique), ("regions", region)),
         )
-    )
+
+
+@cache
+def _views_by_name() -> Mapping[str, Concept]:
+    return {concept.name: concept for concept in view_concepts((*VIEW_KINDS, "views"))}
 
 
 def named_concepts(names: Sequence[str]) -> tuple[Concept, ...]:
-    """The concepts of these names, as `Concept.name` writes them.
+    """The concepts of these names, as their ``name`` writes them.
 
     Raises:
         EvaluationError: a name is none of a concept.
     """
-    concepts = []
-    for name in names:
-        finding, _, side = name.rpartition(" ")
-        found = [concept for concept in finding_concepts([finding] if side else []) if concept.name == name]
-        if not found:
-            raise EvaluationError(f"{name!r} names no concept: expected a finding, and present or absent")
-        concepts += found
-    return tuple(concepts)
+    return tuple(_views_by_name().get(name) or _finding(name) for name in names)
 
 
-def members_by_labels(
-    concepts: Sequence[Concept], labels: Mapping[str, NDArray[np.floating[Any]]], *, rows: int
-) -> NDArray[np.float32]:
-    """Which concepts each study states, by its labels. Row i depends on row i of the labels alone.
+def _finding(name: str) -> Concept:
+    finding, _, side = name.rpartition(" ")
+    if not finding.strip() or side not in ("present", "absent"):
+        raise EvaluationError(
+            f"{name!r} names no concept: expected a view, or a finding and present or absent"
+        )
+    return FindingConcept(finding=finding, present=side == "present")
 
-    Args:
-        concepts: K of them.
-        labels: For each finding 1 present, 0 absent, shape (N,). Anything else is unknown and states neither,
-            and so does a finding without labels.
-        rows: N.
 
-    Returns:
-        0 or 1, float32, shape (N, K).
+def members(concepts: Sequence[Concept], studies: Studies) -> NDArray[np.float32]:
+    """Which of K concepts each study states: 0 or 1, float32, shape (N, K).
+
+    Row i depends on labels and text of study i alone.
     """
-    members = np.zeros((rows, len(concepts)), dtype=np.float32)
-    for column, concept in enumerate(concepts):
-        if concept.finding in labels:
-            members[:, column] = labels[concept.finding] == float(concept.present)
-    return members
-
-
-def members_by_reports(
-    concepts: Sequence[Concept], reports: Sequence[str], *, stated: Callable[[str], Mapping[str, bool]]
-) -> NDArray[np.float32]:
-    """Which concepts each report states, as ``stated`` reads it. Row i depends on report i alone.
-
-    Args:
-        concepts: K of them.
-        reports: N of them.
-        stated: Of one report: finding to there (True) or ruled out (False), without those it is silent on.
-            It must remember nothing of other reports; a public rule or model does not.
-
-    Returns:
-        0 or 1, float32, shape (N, K).
-    """
-    members = np.zeros((len(reports), len(concepts)), dtype=np.float32)
-    for row, report in enumerate(reports):
-        found = stated(report)
-        members[row] = [found.get(concept.finding) == concept.present for concept in concepts]
-    return members
+    columns = [concept.stated(studies) for concept in concepts]
+    return np.array(columns, dtype=np.float32).reshape(len(concepts), len(studies)).T
 
 
 def concept_prompts(concepts: Sequence[Concept], encode_texts: TextEncoder) -> EmbeddingArray:

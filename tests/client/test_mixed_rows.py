@@ -21,7 +21,9 @@ from strategies.messages import CentrePlan, LossPlan, Phase, PrototypePlan, Trai
 from tests.small_hospitals import ready, request
 
 PLANS: dict[str, Any] = {
-    "prototypes": PrototypePlan(findings=("effusion",), noise_multiplier=9.0, max_norm=2.0, count_weight=0.5),
+    "prototypes": PrototypePlan(
+        concepts=("effusion present",), noise_multiplier=9.0, max_norm=2.0, count_weight=0.5
+    ),
     "losses": LossPlan(noise_multiplier=9.0, max_loss=9.0),
     "centre": CentrePlan(noise_multiplier=9.0, max_norm=1.5, count_weight=0.5),
 }

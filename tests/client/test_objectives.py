@@ -19,7 +19,7 @@ from client.engines import engine_maker
 from client.objectives import AnchoredObjective, Anchors, MicrobatchObjective, objective_of
 from client.training import train_privately
 from encoders.fitting import Pairs
-from encoders.objectives import anchored_sigmoid_loss
+from encoders.objectives import anchored_loss, anchored_sigmoid_loss, soft_targets
 from encoders.parts import TrainablePart, trainable_part
 from privacy.banks import PrototypeBank
 from privacy.errors import PrivacyError, UnsoundTraining
@@ -261,11 +261,12 @@ def similarity(part: TrainablePart, data: TrainingData) -> float:
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("targets", [10.0, None])
 @pytest.mark.parametrize("objective", ["anchored", "microbatch"])
 def test_every_objective_passes_the_probes(
-    heads: TrainablePart, objective: str, loss: str, soft: bool
+    heads: TrainablePart, objective: str, loss: str, targets: float | None, soft: bool
 ) -> None:
-    plan = plan_of(objective=objective, loss=loss)
+    plan = plan_of(objective=objective, loss=loss, soft_targets=targets)
     made = objective_of(heads, random_data([0, 1], soft=soft), anchors_of(), plan)
     refuse_coupling(heads.module, made.losses, made.made_up())
 
@@ -293,15 +294,41 @@ def test_the_sigmoid_form_and_soft_positives_reach_the_loss(heads: TrainablePart
     torch.testing.assert_close(found, torch.stack([expected[0], expected[1:].mean()]))
 
 
+def test_soft_targets_go_by_the_embeddings_of_the_texts_and_carry_no_gradient() -> None:
+    part, data = trainable_part(micro_encoder(), "heads", lora_rank=1), random_data([0, 1, 1])
+    made = AnchoredObjective(part, data, anchors_of(), plan_of(objective="anchored", soft_targets=4.0))
+    batch = made.batch(list(rows_by_patient(data.patients)), sampling=np.random.default_rng(0))
+    found = made.losses(part.module, batch)
+    with torch.no_grad():
+        image_anchors, text_anchors = part.module(anchors_of().images, anchors_of().texts)
+        _, texts = part.module(data.pairs.images, data.pairs.texts)
+    expected = anchored_loss(
+        *part.module(data.pairs.images, data.pairs.texts),
+        text_anchors=text_anchors,
+        image_anchors=image_anchors,
+        masked=data.masked,
+        positives=soft_targets(texts, text_anchors, inverse_temperature=4.0),
+        inverse_temperature=10.0,
+    )
+    expected = torch.stack([expected[0], expected[1:].mean()])
+    torch.testing.assert_close(found, expected)
+    weights = list(part.parameters().values())
+    gradients = (torch.autograd.grad(loss.sum(), weights) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
 # --- released prototypes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("soft", [True, False])
-def test_prototypes_pass_the_probes(heads: TrainablePart, loss: str, soft: bool) -> None:
+@pytest.mark.parametrize("targets", [10.0, None])
+def test_prototypes_pass_the_probes(
+    heads: TrainablePart, loss: str, targets: float | None, soft: bool
+) -> None:
     data = with_prototypes(random_data([0, 1], soft=soft))
     anchors = replace(anchors_of(), prototypes=prototypes_of())
-    made = objective_of(heads, data, anchors, plan_of(objective="anchored", loss=loss))
+    made = objective_of(heads, data, anchors, plan_of(objective="anchored", loss=loss, soft_targets=targets))
     refuse_coupling(heads.module, made.losses, made.made_up())
 
 

@@ -52,7 +52,9 @@ from tests.small_hospitals import (
 )
 
 ELSEWHERE = "0" * 64  # the digest of no code
-PROTOTYPES = PrototypePlan(findings=("effusion",), noise_multiplier=9.0, max_norm=2.0, count_weight=0.5)
+PROTOTYPES = PrototypePlan(
+    concepts=("effusion present",), noise_multiplier=9.0, max_norm=2.0, count_weight=0.5
+)
 HOURS = timedelta(hours=11)
 AROUND_NOW = f"{datetime.now(UTC) - HOURS:%H:%M}-{datetime.now(UTC) + HOURS:%H:%M}"
 

@@ -21,17 +21,17 @@ from strategies.messages import PROTOTYPE_SUMS, PrototypePlan
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
 from tests.small_hospitals import EPSILON, ROUNDS, change_site, plan
 
-FINDINGS = ("effusion", "opacity")
+NAMES = ("effusion present", "effusion absent", "opacity present", "opacity absent")
 PART = trainable_part(micro_encoder(), "heads")
 PAIRS = Pairs.of(PART, random_images(len(TEXTS), size=40), list(TEXTS))
 PATIENTS = np.arange(len(TEXTS)) // 2
 LABELS = {"effusion": np.resize(np.array([1, 0, np.nan], np.float32), len(TEXTS))}
-PLAN = PrototypePlan(findings=FINDINGS, noise_multiplier=3.0, max_norm=2.0, count_weight=0.5)
+PLAN = PrototypePlan(concepts=NAMES, noise_multiplier=3.0, max_norm=2.0, count_weight=0.5)
 
 
 def mechanism(noise_multiplier: float = 1e-6) -> PrototypeRelease:
     return PrototypeRelease(
-        concepts=tuple(f"{name} {there}" for name in FINDINGS for there in ("present", "absent")),
+        concepts=NAMES,
         dimension=PART.encoder.width,
         max_norm=100.0,
         noise_multiplier=noise_multiplier,
@@ -47,7 +47,7 @@ def sums(rows: list[int]) -> np.ndarray:
         pairs,
         patients=PATIENTS[rows],
         labels={name: values[rows] for name, values in LABELS.items()},
-        findings=FINDINGS,
+        texts=[TEXTS[row] for row in rows],
         mechanism=mechanism(),
         noise=GaussianNoise(insecure_seed=0),
     )
@@ -97,7 +97,7 @@ def test_a_site_without_labels_takes_part_with_noise_alone() -> None:
         PAIRS,
         patients=PATIENTS,
         labels={},
-        findings=FINDINGS,
+        texts=TEXTS,
         mechanism=mechanism(noise_multiplier=0.01),
         noise=GaussianNoise(insecure_seed=0),
     )
@@ -111,7 +111,7 @@ def test_of_a_side_that_is_not_there_a_release_is_noise_alone(modality: Modality
         PAIRS,
         patients=PATIENTS,
         labels=LABELS,
-        findings=FINDINGS,
+        texts=TEXTS,
         modalities=(modality,),
         mechanism=mechanism(),
         noise=GaussianNoise(insecure_seed=0),

@@ -29,12 +29,12 @@ from tasks.concepts import finding_concepts
 from tests.encoders.micro import EMBEDDING, micro_encoder
 from tests.small_hospitals import EPSILON, ROUNDS, STEPS, bundle, change_site, ready, request
 
-FINDINGS = ("effusion", "opacity")
-PLAN = PrototypePlan(findings=FINDINGS, noise_multiplier=9.0, max_norm=1.6, count_weight=0.5)
-CONCEPTS = finding_concepts(FINDINGS)
+CONCEPTS = finding_concepts(("effusion", "opacity"))
+NAMES = tuple(concept.name for concept in CONCEPTS)
+PLAN = PrototypePlan(concepts=NAMES, noise_multiplier=9.0, max_norm=1.6, count_weight=0.5)
 UNITS = np.eye(len(CONCEPTS), EMBEDDING, dtype=np.float32)
 BANK = PrototypeBank(
-    concepts=tuple(concept.name for concept in CONCEPTS),
+    concepts=NAMES,
     wordings=tuple(concept.prompts for concept in CONCEPTS),
     image=UNITS,
     text=UNITS,
@@ -233,7 +233,7 @@ def test_of_images_alone_the_text_rows_are_noise_alone(site: Site, monkeypatch: 
         return summed[-1]
 
     monkeypatch.setattr(PrototypeRelease, "clipped_sum", spied)
-    answer_train(as_images(site), asked("prototypes"))
+    answer_train(as_images(site), asked("prototypes", server_round=2))
     of_images, of_texts = summed[0]
     assert of_images[..., -1].sum() > 1
     assert not of_texts.any()

@@ -38,7 +38,11 @@ from tests.small_hospitals import ask, change_site, plain_plan, ready, request
 
 NAMES = ["site-1", "site-2", "site-3"]
 PROTOTYPES = PrototypePlan(
-    findings=("effusion", "opacity"), noise_multiplier=2.0, max_norm=1.6, count_weight=0.5, wire="fp32"
+    concepts=("effusion present", "effusion absent", "opacity present", "opacity absent"),
+    noise_multiplier=0.5,
+    max_norm=1.6,
+    count_weight=0.5,
+    wire="fp32",
 )
 
 
@@ -167,7 +171,7 @@ def test_the_range_is_held_against_the_noised_sum_and_not_the_patients_own(
 
     monkeypatch.setattr(PrototypeRelease, "clipped_sum", listening)
     for site in sites:
-        change_site(site.folder, policy={"epsilon-max": 1000.0}, testing={"insecure-noise-seed": 3})
+        change_site(site.folder, policy={"epsilon-max": 1e6}, testing={"insecure-noise-seed": 3})
     sites = [Site.open(site.folder) for site in sites]
     for drawn in range(40):  # noise is drawn anew for each run
         run = f"run-{drawn}"

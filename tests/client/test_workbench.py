@@ -24,6 +24,7 @@ from encoders.parts import PARTS, PartName, TrainablePart, trainable_part
 from encoders.tokenizer import TokenisedTexts
 from privacy.banks import PrototypeBank
 from strategies.messages import Arrays
+from tasks.concepts import Studies, members, named_concepts
 from tests.encoders.micro import EMBEDDING, micro_encoder
 from tests.small_hospitals import bundle, ready, request
 
@@ -102,6 +103,29 @@ def test_a_prototype_is_as_near_a_report_as_the_nearest_of_its_wordings(hospital
     assert np.array_equal(soft.positives[:, 2].numpy(), soft_positives(nearest, least=0.25))
     expected = soft_positives(text_similarity(texts, wordings[1]), least=0.25)
     assert np.array_equal(soft.positives[:, 3:].numpy(), expected)
+
+
+def test_a_pair_belongs_to_the_prototypes_of_the_round_that_its_own_labels_and_words_state(
+    hospitals: Path,
+) -> None:
+    folder = hospitals / "hospitals" / "site-1"
+    part = trainable_part(micro_encoder(), "heads", lora_rank=1)
+    known = training_pairs(folder, part)
+    names = ("effusion present", "lung", "axial CT of the head")
+    stated = members(named_concepts(names), Studies(known.labels, known.texts))
+    assert stated[:, 1].all()
+    assert 0 < stated[:, 0].sum() < len(stated)
+    hard = training_data(folder, part, ANCHORS, concepts=names)
+    assert hard.positives is None
+    assert np.array_equal(hard.masked[:, 2:].numpy(), stated > 0)
+    soft = training_data(folder, part, ANCHORS, 0.25, concepts=names)
+    assert soft.positives is not None
+    assert np.array_equal(soft.positives[:, 2:].numpy(), stated)
+    assert not soft.masked.any()
+    every = training_data(folder, part, ANCHORS, concepts=names, all_partly_right=True)
+    assert every.positives is None
+    assert every.masked.shape == (len(stated), 5)
+    assert not every.masked.any()
 
 
 def released(*, width: int = EMBEDDING) -> PrototypeBank:

@@ -142,6 +142,19 @@ def test_prototypes_say_how_many_concepts_have_a_direction_of_their_own() -> Non
     assert describe(made) == "round 1: prototypes of 3 sites, 5 of 14 by image, 2 of 14 by text"
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("prototypes_replied", "prototypes"),
+        ("losses_replied", "its mean loss"),
+        ("centre_replied", "the sum of its features"),
+    ],
+)
+def test_what_is_released_beside_updates_is_told(kind: str, what: str) -> None:
+    replied = event(kind, round=1, site="a", bytes_up=500, steps=1, epsilon=0.501, epsilon_max=3.0)
+    assert describe(replied) == f"round 1: a released {what}, 500 bytes up, epsilon 0.51 of 3"
+
+
 def test_a_terminal_counts_the_bytes_of_a_round() -> None:
     console = terminal()
     with ProgressDisplay(console) as display:

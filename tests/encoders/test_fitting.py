@@ -10,11 +10,11 @@ from encoders.fitting import (
     ANCHOR_REFRESH_STEPS,
     LARGEST_GRADIENT,
     Pairs,
-    PublicTexts,
+    PublicBank,
     fit_infonce,
     shuffled_batches,
 )
-from encoders.objectives import infonce_loss
+from encoders.objectives import infonce_loss, prototype_loss, soft_targets
 from encoders.parts import TrainablePart, trainable_part
 from tests.encoders.micro import micro_encoder, random_images
 
@@ -108,10 +108,51 @@ def test_public_texts_are_asked_for_beside_the_batch_and_embedded_anew() -> None
         inverse_temperature=5.0,
         augmented=False,
         rng=np.random.default_rng(0),
-        public=PublicTexts(texts=public, shares=torch.tensor([[0, 1], [0, 0], [0, 1], [1, 0], [0, 0.5]])),
+        public=PublicBank(texts=public, shares=torch.tensor([[0, 1], [0, 0], [0, 1], [1, 0], [0, 0.5]])),
     )
     first, second = embedded
     assert not torch.equal(first, second)
+
+
+def test_images_are_asked_for_prototypes_of_texts_and_texts_for_those_of_images() -> None:
+    """The first step's gradient is that of the batch's loss and of two `prototype_loss`es."""
+    part, pairs = part_of(), Pairs.of(part_of(), IMAGES, TEXTS)
+    _, public = part.inputs(IMAGES[:1], ["pleural effusion", "clear lungs"])
+    units = [torch.eye(3, part.encoder.width), -torch.eye(3, part.encoder.width)]
+    images, texts = part.module(pairs.images, pairs.texts)
+    anchors = torch.cat([part.module.embed_texts(part.trimmed(public)), units[1]]).detach()
+    shares = soft_targets(texts, anchors, inverse_temperature=10.0)
+    keys = pairs.text_keys
+    loss = infonce_loss(images, texts, same_text=keys[:, None] == keys[None, :], inverse_temperature=5.0)
+    for embeddings, bank, own in ((images, anchors, shares), (texts, units[0], shares[:, 2:])):
+        loss = (
+            loss
+            + prototype_loss(
+                embeddings,
+                anchors=bank,
+                masked=torch.zeros_like(own, dtype=torch.bool),
+                positives=own,
+                inverse_temperature=5.0,
+            ).mean()
+        )
+    weights = list(part.parameters().values())
+    expected = torch.autograd.grad(loss, weights)
+    length = torch.linalg.vector_norm(torch.stack([value.norm() for value in expected]))
+    before = [value.detach().clone() for value in weights]
+    fit_infonce(
+        part,
+        pairs,
+        optimizer=torch.optim.SGD(weights, lr=1.0),
+        steps=1,
+        batch=5,
+        inverse_temperature=5.0,
+        augmented=False,
+        rng=np.random.default_rng(0),
+        public=PublicBank(texts=public, soft_targets=10.0, prototypes=(units[0], units[1])),
+    )
+    for value, first, gradient in zip(weights, before, expected, strict=True):
+        moved = gradient * min(1.0, LARGEST_GRADIENT / float(length))
+        torch.testing.assert_close(first - value.detach(), moved, atol=1e-5, rtol=1e-3)
 
 
 @given(rows=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 99))

@@ -20,6 +20,7 @@ from encoders.objectives import (
     prototype_loss,
     same_meaning,
     soft_positives,
+    soft_targets,
     text_similarity,
 )
 
@@ -570,6 +571,18 @@ def test_without_a_partner_a_loss_depends_on_its_own_row_alone() -> None:
     for number, loss in enumerate(losses):
         (reached,) = torch.autograd.grad(loss, rows, retain_graph=True)
         assert [int(row) for row in reached.abs().sum(1).nonzero()] == [number]
+
+
+def test_soft_targets_share_one_among_the_anchors_the_nearer_the_more_by_the_own_text_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts, anchors = (F.normalize(torch.randn(rows, 6, generator=generator), dim=-1) for rows in (5, 4))
+    shares = soft_targets(texts.requires_grad_(), anchors, inverse_temperature=10.0)
+    assert not shares.requires_grad
+    torch.testing.assert_close(shares.sum(1), torch.ones(5))
+    near = (texts @ anchors.T).detach()
+    torch.testing.assert_close(shares, (10 * near).exp() / (10 * near).exp().sum(1, keepdim=True))
+    alone = soft_targets(texts[2:3], anchors, inverse_temperature=10.0)
+    torch.testing.assert_close(alone, shares[2:3])
 
 
 def test_a_prototype_with_gradient_is_refused() -> None:

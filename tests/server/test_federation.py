@@ -1,9 +1,10 @@
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.federation import Federation
+from server.federation import Federation, Prototypes
 from strategies.messages import CentrePlan, TrainingPlan
 from strategies.settings import SettingsError
 
@@ -326,7 +327,10 @@ def test_a_share_of_which_nothing_is_left_is_refused(share: dict[str, Any], mess
         ({"strategy": {"late": "stale"}}, "needs strategy.late = 'drop'"),
         ({"evaluation": {"stop-after": 1}, "simulation": {"sites": "."}}, "needs evaluation.stop-after = 0"),
         ({"share": {"part": "prototypes", "keep": ["norms"]}}, "remove share.keep"),
-        ({"privacy": {"mode": "none"}, "objective": {"name": "infonce"}}, "released with privacy"),
+        (
+            {"privacy": {"mode": "none"}, "objective": {"name": "infonce", "soft-positives": 0.4}},
+            "needs privacy.mode = 'dp'",
+        ),
     ],
 )
 def test_prototypes_alone_go_with_what_they_can(changes: dict[str, Any], message: str) -> None:
@@ -344,7 +348,23 @@ def test_prototypes_alone_go_with_what_they_can(changes: dict[str, Any], message
         Federation.parse(changed, source="test")
 
 
-def test_prototypes_are_private_anchors_or_none() -> None:
+def test_prototypes_are_anchors_and_need_an_objective_that_has_some() -> None:
     document = {"version": 1, "name": "a", "prototypes": {}, "privacy": {"mode": "none"}}
-    with pytest.raises(SettingsError, match="prototypes are anchors that are released with privacy"):
+    with pytest.raises(SettingsError, match="prototypes are anchors, and this objective has none"):
         Federation.parse({**document, "objective": {"name": "infonce"}}, source="test")
+    soft = {**document, "objective": {"name": "infonce", "soft-positives": 0.4}}
+    assert Federation.parse(soft, source="test").plan().prototypes is not None
+
+
+def test_concepts_of_prototypes_are_findings_and_views_each_once() -> None:
+    found = Prototypes(findings=("effusion",), views=("planes", "techniques"))
+    assert found.plan(wire="bf16").concepts[:3] == ("effusion present", "effusion absent", "axial")
+    assert found.plan(wire="bf16").max_norm == pytest.approx(math.sqrt(3 * 2 * (1 + 0.25)))
+    for table, message in (
+        ({"findings": []}, "name findings, or views"),
+        ({"findings": ["a", "a"]}, "concept 'a present' is named twice"),
+        ({"views": ["regions", "regions"]}, "concept 'head' is named twice"),
+        ({"findings": [" "]}, "expected the name of a finding"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            Prototypes.parse(table, source="test")

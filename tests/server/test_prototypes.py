@@ -1,6 +1,7 @@
 """Prototypes of a round: what sites release is added up, handed on as anchors, and paid for once."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from server.prototypes import PROTOTYPES_FOLDER, Prototypes, PrototypeSum, least
 from strategies.messages import PROTOTYPE_SUMS, Arrays, MessageError, PrototypePlan
 from tasks.concepts import Concept
 from tests.server.runs import Run, heard
-from tests.small_hospitals import EPSILON, ROUNDS, SITES, change_site
+from tests.small_hospitals import EPSILON, ROUNDS, SITES, change_site, without_claim
 
 WIDTH = 4
 TABLE = {"noise-multiplier": 2.0, "least-cosine": 0.01, "findings": ["effusion", "opacity"]}
-PLAN = PrototypePlan(findings=("effusion", "opacity"), noise_multiplier=2.0, max_norm=1.5, count_weight=0.5)
+PLAN = PrototypePlan(
+    concepts=("effusion present", "effusion absent", "opacity present", "opacity absent"),
+    noise_multiplier=2.0,
+    max_norm=1.5,
+    count_weight=0.5,
+)
 
 
 def prompts(arrays: Arrays, concepts: tuple[Concept, ...]) -> np.ndarray:
@@ -57,22 +63,50 @@ def test_a_mean_of_many_sites_counts_as_all_of_them() -> None:
     assert total.facts()["sites"] == 3
 
 
+def bank_of(total: PrototypeSum) -> PrototypeBank:
+    bank = total.bank({})
+    assert bank is not None
+    return bank
+
+
 def test_where_nobody_has_released_every_concept_is_its_prompt() -> None:
     total = PrototypeSum(prototypes())
-    assert np.array_equal(total.bank({}).image, np.eye(WIDTH))
-    assert np.array_equal(total.bank({}).text, np.eye(WIDTH))
+    assert np.array_equal(bank_of(total).image, np.eye(WIDTH))
+    assert np.array_equal(bank_of(total).text, np.eye(WIDTH))
     assert total.facts()["used"] == {"image": 0, "text": 0}
 
 
 def test_a_concept_with_enough_patients_is_a_direction_and_another_its_prompt() -> None:
     total = PrototypeSum(prototypes())
     total.fold("a", released((0, 1, 1000.0), (1, 0, 1.0)), weight=1.0)
-    bank, last = total.bank({}), np.eye(WIDTH)[-1]
+    bank, last = bank_of(total), np.eye(WIDTH)[-1]
     assert bank.image[1] == pytest.approx(last)
     assert bank.image[0] == pytest.approx(np.eye(WIDTH)[0])
     assert bank.text == pytest.approx(np.eye(WIDTH))  # one patient is too few
     assert total.facts()["used"] == {"image": 1, "text": 0}
     assert "No pleural effusion." in {text for wording in bank.wordings for text in wording}
+
+
+def of_views(*names: str, least_patients: int = 1, private: bool = True) -> PrototypeSum:
+    plan = PLAN.model_copy(update={"concepts": names})
+    return PrototypeSum(replace(prototypes(), plan=plan, least_patients=least_patients, private=private))
+
+
+def test_a_view_that_too_few_have_is_left_out_and_without_any_there_is_no_bank() -> None:
+    total = of_views("axial", "CT", "effusion present", "head")
+    total.fold("a", released((0, 1, 1000.0), (1, 1, 1000.0), (0, 3, 1000.0)), weight=1.0)
+    assert bank_of(total).concepts == ("CT", "effusion present")
+    assert bank_of(total).image[0] == pytest.approx(np.eye(WIDTH)[-1])
+    assert bank_of(total).wordings[0][0] == "CT of the head."
+    assert of_views("axial", "CT", "brain", "head").bank({}) is None
+
+
+def test_without_privacy_there_is_no_noise_to_mind_and_the_least_number_of_patients_decides() -> None:
+    total = of_views("axial", "CT", "PA", "head", least_patients=5, private=False)
+    total.fold("a", released((0, 0, 5.0), (1, 0, 5.0), (0, 1, 4.0), (1, 1, 4.0)), weight=1.0)
+    assert total.sums().noise_std == 0
+    assert bank_of(total).concepts == ("axial",)
+    assert total.facts()["used"] == {"image": 1, "text": 1}
 
 
 def test_the_least_count_is_where_noise_leaves_the_cosine() -> None:
@@ -109,6 +143,56 @@ def test_every_round_releases_prototypes_first_and_stays_within_the_budget(hospi
     assert {event["bytes_up"] for event in run.events("prototypes_replied")} == {
         2 * run.start.prototypes.like[PROTOTYPE_SUMS].size  # type: ignore[union-attr]
     }
+
+
+def test_prototypes_of_every_second_round_are_paid_for_once_and_used_in_both(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = Run(hospitals, prototypes={**TABLE, "every": 2}), heard(monkeypatch)
+    run.go()
+    assert run.charges("site-1") == [
+        ("prototypes", "released"), ("anchored", "released"), ("anchored", "released"),
+        ("prototypes", "released"), ("anchored", "released"),
+    ]  # fmt: skip
+    assert 0.98 * EPSILON < run.site().ledger().spent() <= EPSILON
+    used = {one.server_round: one.prototypes for one in asked if one.phase == "train"}
+    first, second, third = (bank.image for _, bank in sorted(used.items()) if bank is not None)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(second, third)
+
+
+def test_prototypes_that_a_round_did_not_get_are_not_asked_for_in_the_next(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Arrays:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(answers, "release_prototypes", failing)
+    run, asked = Run(hospitals, prototypes={**TABLE, "every": 3}), heard(monkeypatch)
+    run.go()
+    assert [one.phase for one in asked].count("prototypes") == SITES
+    assert run.charges("site-1") == [("prototypes", "abandoned")] + [("anchored", "released")] * ROUNDS
+
+
+def test_without_privacy_the_sums_are_as_they_are(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, SITES + 1):
+        change_site(hospitals / "hospitals" / f"site-{number}", policy={"require-dp": False})
+    asked = heard(monkeypatch)
+    run = Run(
+        hospitals,
+        prototypes={"findings": ["effusion"], "views": ["regions"]},
+        training={"rounds": 1},
+        **without_claim(objective={"soft-targets": 10.0}),
+    )
+    run.go()
+    (made,) = run.events("prototypes_made")
+    assert made["sites"] == SITES
+    trained = [one for one in asked if one.phase == "train"]
+    assert len(trained) == SITES
+    bank = trained[0].prototypes
+    assert bank is not None
+    assert {"effusion present", "lung"} <= set(bank.concepts)
+    assert run.charges("site-1") == []
 
 
 def test_the_sites_are_given_the_prototypes_of_their_round(

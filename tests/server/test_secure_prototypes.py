@@ -98,6 +98,7 @@ def test_the_bank_is_the_one_that_the_same_releases_make_in_the_clear(four: Path
         plain.fold(name, run.stored(name, "prototypes"), weight=1)
     made = PrototypeBank.load(run.run_dir / PROTOTYPES_FOLDER / "round-0001.safetensors")
     expected = plain.bank(run.start.arrays)
+    assert expected is not None
     np.testing.assert_allclose(made.image, expected.image, atol=1e-5)
     np.testing.assert_allclose(made.text, expected.text, atol=1e-5)
     (told,) = run.events("prototypes_made")

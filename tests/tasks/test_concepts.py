@@ -9,22 +9,27 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tasks.concepts import (
-    Concept,
+    FindingConcept,
+    Studies,
     concept_prompts,
     finding_concepts,
-    members_by_labels,
-    members_by_reports,
+    members,
     named_concepts,
+    view_concepts,
 )
 from tasks.embeddings import EvaluationError
 from tasks.prompts import prompts_for
+from tasks.views import VIEW_KINDS
 
 CONCEPTS = finding_concepts(["effusion", "my finding"])
+VIEWS = view_concepts((*VIEW_KINDS, "views"))
 LABEL = st.sampled_from([0.0, 1.0, 0.5, -1.0, np.nan])
+REPORT = st.sampled_from(["Axial CT of the brain: glioma.", "PA radiograph.", "", "CTA of the spinel"])
 
 
-def stated(report: str) -> dict[str, bool]:
-    return {"effusion": "no" not in report} if "effusion" in report else {}
+def stated(text: str) -> set[str]:
+    row = members(VIEWS, Studies({}, [text]))[0]
+    return {concept.name for concept, there in zip(VIEWS, row, strict=True) if there}
 
 
 def test_every_finding_has_two_sides_with_the_prompts_of_zero_shot() -> None:
@@ -35,34 +40,46 @@ def test_every_finding_has_two_sides_with_the_prompts_of_zero_shot() -> None:
         "my finding absent",
     ]
     assert CONCEPTS[0].prompts == prompts_for("effusion").positive
-    assert CONCEPTS[3] == Concept(finding="my finding", present=False, prompts=("There is no my finding.",))
+    assert CONCEPTS[3] == FindingConcept(finding="my finding", present=False)
+    assert CONCEPTS[3].prompts == ("There is no my finding.",)
     assert finding_concepts([]) == ()
-
-
-def test_a_blank_finding_is_refused() -> None:
-    with pytest.raises(EvaluationError, match="expected the name of a finding, got ' '"):
-        finding_concepts([" "])
 
 
 def test_labels_state_what_is_known() -> None:
     labels = {"effusion": np.array([1.0, 0.0, np.nan, 0.5]), "unused": np.ones(4)}
     expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert members_by_labels(CONCEPTS, labels, rows=4).tolist() == expected
-    assert members_by_labels(CONCEPTS, {}, rows=0).shape == (0, 4)
+    assert members(CONCEPTS, Studies(labels, [""] * 4)).tolist() == expected
+    assert members(CONCEPTS, Studies({}, [])).shape == (0, 4)
+    assert members((), Studies({}, ["a"])).shape == (1, 0)
 
 
-def test_reports_state_what_the_caller_reads_in_them() -> None:
-    found = members_by_reports(CONCEPTS, ["large effusion", "no effusion", "clear"], stated=stated)
-    assert found.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
-    assert members_by_reports(CONCEPTS, [], stated=stated).shape == (0, 4)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Axial CT of the skull and brain: glioma.",
+            {"axial", "CT", "head", "brain", "axial CT of the head", "axial CT of the brain"},
+        ),
+        ("PA plain film of the lungs", {"PA", "plain radiograph", "lung", "PA plain radiograph of the lung"}),
+        ("T1-weighted MRI, sagittal", {"T1-weighted MRI", "MRI", "sagittal"}),
+        ("spinel, apnoea, ctx", set()),
+        ("", set()),
+    ],
+)
+def test_words_of_a_report_state_its_views_whatever_their_case(text: str, expected: set[str]) -> None:
+    assert stated(text) == stated(text.upper()) == expected
 
 
-@given(own=LABEL, others=st.lists(LABEL, max_size=4))
-def test_what_a_study_states_is_untouched_by_others(own: float, others: list[float]) -> None:
-    alone = members_by_labels(CONCEPTS, {"effusion": np.array([own])}, rows=1)
-    among = members_by_labels(CONCEPTS, {"effusion": np.array([*others, own])}, rows=len(others) + 1)
+@given(label=LABEL, report=REPORT, others=st.lists(st.tuples(LABEL, REPORT), max_size=4))
+def test_what_a_study_states_is_untouched_by_others(
+    label: float, report: str, others: list[tuple[float, str]]
+) -> None:
+    every = (*CONCEPTS, *VIEWS)
+    alone = members(every, Studies({"effusion": np.array([label])}, [report]))
+    labels = np.array([*(value for value, _ in others), label])
+    among = members(every, Studies({"effusion": labels}, [*(text for _, text in others), report]))
     assert np.array_equal(among[-1], alone[0])
-    assert alone.sum() <= 1
+    assert alone[0, :2].sum() <= 1
 
 
 def test_a_concepts_prompt_is_the_direction_of_the_mean_sentence() -> None:
@@ -82,7 +99,8 @@ def test_prompts_that_are_no_unit_vectors_are_refused() -> None:
 
 
 def test_a_concept_is_found_by_its_name() -> None:
-    assert named_concepts([concept.name for concept in CONCEPTS]) == CONCEPTS
+    every = (*CONCEPTS, *VIEWS)
+    assert named_concepts([concept.name for concept in every]) == every
     for name in ("effusion", "effusion perhaps", "", " present"):
         with pytest.raises(EvaluationError):
             named_concepts([name])
