@@ -253,7 +253,13 @@ def _centre(
     site: Site, request: TrainRequest, part: TrainablePart, mechanism: PrototypeRelease, noise: GaussianNoise
 ) -> Arrays:
     known = training_pairs(site.folder, part)
-    released = release_centre(known.pairs, patients=known.patients, mechanism=mechanism, noise=noise)
+    released = release_centre(
+        known.pairs,
+        patients=known.patients,
+        public=part.arrays()[IMAGE_SHIFT],
+        mechanism=mechanism,
+        noise=noise,
+    )
     return _packed(site, request, released)
 
 
@@ -325,7 +331,12 @@ def _raw_training(site: Site, request: TrainRequest, part: TrainablePart) -> tup
 
 def _raw_centre(site: Site, request: TrainRequest, part: TrainablePart) -> Arrays:
     known = training_pairs(site.folder, part)
-    raw_sum = raw_centre(known.pairs, patients=known.patients, mechanism=_centre_release(site, request))
+    raw_sum = raw_centre(
+        known.pairs,
+        patients=known.patients,
+        public=part.arrays()[IMAGE_SHIFT],
+        mechanism=_centre_release(site, request),
+    )
     return _packed(site, request, raw_sum)
 
 

@@ -1,4 +1,4 @@
-"""The centre of all sites' image features: from their noisy sums, found once in the life of a run."""
+"""The centre of all sites' image features: a public one, and the way from it to theirs, found once a run."""
 
 import io
 import math
@@ -18,21 +18,21 @@ CENTRE_FILE = "centre.npy"
 
 
 class CentreSum(SiteSum):
-    """The sum of all sites' features and counts, and the mean in it.
+    """The sum of all sites' features less a public centre, and of their counts, and the mean in it.
 
     Args:
         plan: What the sites are asked for.
-        width: Numbers of a feature, d.
+        public: That centre, float32 (d,).
         private: Whether the sites add noise.
     """
 
-    def __init__(self, plan: CentrePlan, *, width: int, private: bool) -> None:
-        self._plan, self._private = plan, private
-        super().__init__({CENTRE_SUM: np.zeros(width + 1, dtype=np.float32)})
+    def __init__(self, plan: CentrePlan, *, public: NDArray[np.float32], private: bool) -> None:
+        self._plan, self._public, self._private = plan, public, private
+        super().__init__({CENTRE_SUM: np.zeros(len(public) + 1, dtype=np.float32)})
 
     @property
     def noise(self) -> float:
-        """Expected length of the noise in the mean of the divided features, whose length is about 1.
+        """Expected length of the noise in the mean of what was divided: a whole feature would be of length 1.
 
         The noise of k sites is sqrt(k) times that of one. Infinite where the noisy count is not positive.
         """
@@ -47,16 +47,20 @@ class CentreSum(SiteSum):
     @property
     def is_used(self) -> bool:
         """Whether the mean is longer than the noise in it can be expected to be."""
-        return self.noise < 1
+        noise = self.noise  # the mean that was found is of both
+        return math.isfinite(noise) and float(np.square(self._mean).sum()) > 2 * noise**2
 
     def centre(self) -> NDArray[np.float32]:
-        """The mean feature, shape (d,); zero, which shifts nothing, where noise drowns it."""
-        features = self.total[:-1]
+        """The mean feature, float32 (d,); where noise drowns the way to it, the public centre."""
         if not self.is_used:
-            return np.zeros(len(features), dtype=np.float32)
-        mean = features / (self.total[-1] / self._plan.count_weight)
-        centre: NDArray[np.float32] = (math.sqrt(len(features)) * mean).astype(np.float32)
-        return centre
+            return self._public
+        moved: NDArray[np.float32] = (math.sqrt(len(self._public)) * self._mean).astype(np.float32)
+        return self._public + moved
+
+    @property
+    def _mean(self) -> NDArray[np.float64]:
+        mean: NDArray[np.float64] = self.total[:-1] / (self.total[-1] / self._plan.count_weight)
+        return mean
 
     def facts(self) -> Mapping[str, Any]:
         """What the run's events say; the sums are public once they are noised."""

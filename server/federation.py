@@ -244,19 +244,21 @@ class Losses(Settings):
 class Centre(Settings):
     """What sites release once, before the first round, to find the centre of all their image features.
 
+    It is the way to it from the centre of the public anchors' images, which costs nothing.
+
     Attributes:
         noise_multiplier: Noise of the release; its cost is taken from the run's epsilon.
-        count_weight: What a patient adds to the count, features being of length 1 about.
-        max_norm: Bound on what one patient adds; without it, what a feature of length 1 and a count need.
+        count_weight: What a patient adds to the count, a feature being of length 1.
+        max_norm: Bound on what one patient adds; without it, what a count and a way of length 1/2 need.
     """
 
     noise_multiplier: float = Field(default=5.0, gt=0)
-    count_weight: float = Field(default=0.5, gt=0)
+    count_weight: float = Field(default=0.25, gt=0)
     max_norm: float | None = Field(default=None, gt=0)
 
     def plan(self) -> CentrePlan:
         """What sites are asked for."""
-        fits = math.sqrt(1 + self.count_weight**2)
+        fits = math.hypot(0.5, self.count_weight)
         return CentrePlan(
             noise_multiplier=self.noise_multiplier,
             max_norm=fits if self.max_norm is None else self.max_norm,
@@ -499,11 +501,13 @@ class Checkpoints(Settings):
 
 
 class SimulationPolicy(Settings):
-    """Policy of the sites that a simulation cuts out of one image table."""
+    """Policy of the sites that a simulation cuts out of one table, with the defaults of a site's file."""
 
     require_dp: bool = True
     epsilon_max: float = Field(default=8.0, gt=0)
     min_patients: int = Field(default=20, ge=2)
+    max_sample_rate: float = Field(default=0.5, gt=0, le=1)
+    max_rounds: int = Field(default=1000, ge=1)
 
 
 class SitePolicy(Settings):

@@ -166,20 +166,20 @@ class _Run:
         return done
 
     def _centred(self, base: Arrays) -> Arrays:
-        """The weights of the start and in them the centre of the sites' images: made once a run, then read.
+        """The weights of the start, with the centre of the sites' images for the public one: made once a run.
 
         Every later round's weights have it in them, so a site that comes late is given it too.
         """
         plan = self._federation.plan()
         if plan.centre is None:
             return base
-        path, width = self._run_dir / CENTRE_FILE, len(base[IMAGE_SHIFT])
+        path, public = self._run_dir / CENTRE_FILE, base[IMAGE_SHIFT]
         if not path.is_file():
-            total = CentreSum(plan.centre, width=width, private=plan.privacy == "dp")
+            total = CentreSum(plan.centre, public=public, private=plan.privacy == "dp")
             self._agreed(1, lambda: self._asked_for_centre(base, total))
             keep_centre(total.centre(), path)
             self._log.record("centre_found", round=1, **total.facts())
-        return {**base, IMAGE_SHIFT: load_centre(path, width=width)}
+        return {**base, IMAGE_SHIFT: load_centre(path, width=len(public))}
 
     def _asked_for_centre(self, base: Arrays, total: CentreSum) -> Outcome:
         """Ask all sites that are ready, whoever is then drawn: what they train on depends on it."""

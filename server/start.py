@@ -24,7 +24,7 @@ from server.rounds import Evaluate, Start
 from strategies.bundles import BundleStore
 from strategies.files import sync, write_text
 from strategies.messages import Arrays, Part, PublicBundle
-from strategies.share import shared
+from strategies.share import IMAGE_SHIFT, shared
 from tasks.concepts import Concept, concept_prompts
 from tasks.views import view_sentences
 
@@ -185,6 +185,9 @@ def start_of(federation: Federation, prepared: Prepared) -> Start:
             raise RunError(f"objective.prototypes: {error}") from error
         bundle = replace(bundle, prototypes=prototypes)
     arrays = part.arrays()
+    if IMAGE_SHIFT in arrays:  # what is public of the centre; the sites release the way from there
+        features, _ = part.inputs(bundle.anchor_images, [""])
+        arrays[IMAGE_SHIFT] = features.mean(0).numpy()
     names = shared(arrays, federation.plan())
     return Start(
         bundle=bundle,

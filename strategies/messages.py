@@ -136,8 +136,8 @@ class LossPlan(Facts):
 class CentrePlan(Facts):
     """The sum of its images' features that every site releases once, before the first round.
 
-    A feature is divided by the root of its length first, which is about the norm that the image tower's last
-    layer norm gives it.
+    Of a feature the shift in the request's arrays is taken away, which is public, and the rest is divided by
+    the root of its length: about the norm that the image tower's last layer norm gives a feature.
 
     Attributes:
         noise_multiplier: Noise standard deviation over ``max_norm``.

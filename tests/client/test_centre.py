@@ -55,8 +55,13 @@ def features(rows: int = ROWS, width: int = WIDTH) -> torch.Tensor:
     return scaled
 
 
-def exact(of: torch.Tensor, patients: np.ndarray, mechanism: PrototypeRelease) -> np.ndarray:
-    return raw_centre(pairs_of(of), patients=patients, mechanism=mechanism)[CENTRE_SUM]
+NOWHERE = np.zeros(WIDTH, dtype=np.float32)
+
+
+def exact(
+    of: torch.Tensor, patients: np.ndarray, mechanism: PrototypeRelease, public: np.ndarray = NOWHERE
+) -> np.ndarray:
+    return raw_centre(pairs_of(of), patients=patients, public=public, mechanism=mechanism)[CENTRE_SUM]
 
 
 def asked(*, server_round: int = 1, **changes: Any) -> TrainRequest:
@@ -75,6 +80,13 @@ def test_a_patient_adds_the_mean_of_their_own_images_once() -> None:
         means += features().numpy()[patient == OWNERS].mean(0) / math.sqrt(WIDTH)
     assert found[:-1] == pytest.approx(means, abs=1e-5)
     assert found[-1] == pytest.approx(COUNT * len(np.unique(OWNERS)), abs=1e-5)
+
+
+def test_what_is_public_of_a_feature_is_taken_away_before_it_is_bounded() -> None:
+    public = np.arange(WIDTH, dtype=np.float32)
+    found = exact(features() + torch.from_numpy(public), OWNERS, release(), public)
+    assert found == pytest.approx(exact(features(), OWNERS, release()), abs=1e-5)
+    assert np.abs(exact(features(), OWNERS, release(), public) - found).max() > 0.1
 
 
 def test_features_longer_than_a_norm_leaves_them_are_cut_with_their_count() -> None:
@@ -116,10 +128,11 @@ def test_the_noise_is_normal_of_the_declared_size_on_every_number_and_the_count(
     noised = release_centre(
         pairs_of(features(ROWS, width)),
         patients=OWNERS,
+        public=np.zeros(width, np.float32),
         mechanism=mechanism,
         noise=GaussianNoise(insecure_seed=0),
     )
-    noise = noised[CENTRE_SUM] - exact(features(ROWS, width), OWNERS, mechanism)
+    noise = noised[CENTRE_SUM] - exact(features(ROWS, width), OWNERS, mechanism, np.zeros(width, np.float32))
     assert noise.shape == (width + 1,)
     assert abs(noise[-1]) > 1e-3
     assert stats.kstest(noise, "norm", args=(0, NOISE * BOUND)).pvalue > 0.01
@@ -142,11 +155,13 @@ def test_what_a_site_releases_is_its_own_sum_with_that_noise(hospitals: Path) ->
     folder = change_site(hospitals / "hospitals" / "site-1", policy={"min-noise-multiplier": 1e-9})
     quiet = CentrePlan(noise_multiplier=1e-3, max_norm=BOUND, count_weight=COUNT)
     made = request(part="image-head", centre=quiet, epsilon=1e9)
+    public = np.linspace(-0.1, 0.1, len(made.arrays[IMAGE_SHIFT]), dtype=np.float32)
+    made = replace(made, arrays={**made.arrays, IMAGE_SHIFT: public})
     change_site(folder, policy={"epsilon-max": 1e9})
     update = answer_train(ready(folder), replace(made, phase="centre")).update[CENTRE_SUM]
     part = trainable_part(micro_encoder(), "image-head")
     known, mechanism = training_pairs(folder, part), release(width=len(update) - 1)
-    whole = raw_centre(known.pairs, patients=known.patients, mechanism=mechanism)[CENTRE_SUM]
+    whole = raw_centre(known.pairs, patients=known.patients, public=public, mechanism=mechanism)[CENTRE_SUM]
     assert update == pytest.approx(whole, abs=6 * 1e-3 * BOUND)
     assert 0 < np.linalg.norm(update) <= BOUND * PATIENTS
 

@@ -34,15 +34,19 @@ def released(patients: float, *, along: int = 0) -> Arrays:
     return {CENTRE_SUM: values}
 
 
+PUBLIC = np.array([0.5, -0.5, 1.0, 0.0], dtype=np.float32)
+
+
 def summed(*patients: float, private: bool = True) -> CentreSum:
-    total = CentreSum(PLAN, width=WIDTH, private=private)
+    total = CentreSum(PLAN, public=PUBLIC, private=private)
     for number, count in enumerate(patients):
         total.fold(f"site-{number}", released(count, along=number), weight=1)
     return total
 
 
-def test_the_centre_is_the_mean_over_the_patients_of_all_sites_in_units_of_features() -> None:
-    assert summed(300.0, 100.0).centre() == pytest.approx(math.sqrt(WIDTH) * np.array([0.75, 0.25, 0, 0]))
+def test_the_way_to_the_centre_is_the_mean_over_the_patients_of_all_sites_in_units_of_features() -> None:
+    way = math.sqrt(WIDTH) * np.array([0.75, 0.25, 0, 0])
+    assert summed(300.0, 100.0).centre() == pytest.approx(PUBLIC + way)
 
 
 def test_the_noise_of_the_mean_is_that_of_all_sites_over_all_patients() -> None:
@@ -54,10 +58,20 @@ def test_the_noise_of_the_mean_is_that_of_all_sites_over_all_patients() -> None:
 
 
 @pytest.mark.parametrize("patients", [(3.0, 2.0), (0.0, 0.0), (-8.0, 1.0)])
-def test_a_mean_that_noise_drowns_shifts_nothing(patients: tuple[float, ...]) -> None:
+def test_where_noise_drowns_the_way_the_centre_is_the_public_one(patients: tuple[float, ...]) -> None:
     total = summed(*patients)
     assert not total.facts()["used"]
-    assert not total.centre().any()
+    assert np.array_equal(total.centre(), PUBLIC)
+
+
+@pytest.mark.parametrize(("times", "used"), [(1.3, False), (1.5, True)])
+def test_the_way_is_used_where_it_is_longer_than_the_noise_it_was_found_with(
+    times: float, used: bool
+) -> None:
+    """Its square is that of the true way and of the noise: it has to be twice that of the noise."""
+    total = summed(400.0)
+    total.total[0] = 400.0 * times * total.noise
+    assert total.is_used is used
 
 
 def test_a_release_of_another_shape_leaves_no_trace() -> None:

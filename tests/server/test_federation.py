@@ -162,7 +162,9 @@ def test_a_step_is_of_a_batch_unless_the_file_says_a_rate(tmp_path: Path) -> Non
 def test_an_image_head_has_a_centre_whatever_the_file_says_of_it(tmp_path: Path) -> None:
     head = MINIMAL + '[share]\npart = "image-head"\n'
     usual, own = load(tmp_path, head), load(tmp_path, head + "[centre]\nnoise-multiplier = 2.0\n")
-    assert usual.plan().centre == CentrePlan(noise_multiplier=5.0, max_norm=1.25**0.5, count_weight=0.5)
+    assert usual.plan().centre == CentrePlan(
+        noise_multiplier=5.0, max_norm=math.hypot(0.5, 0.25), count_weight=0.25
+    )
     assert own.plan().centre.noise_multiplier == 2.0  # type: ignore[union-attr]
     assert load(tmp_path, MINIMAL).plan().centre is None
 
