@@ -341,13 +341,14 @@ def _raw_centre(site: Site, request: TrainRequest, part: TrainablePart) -> Array
 
 
 def _raw_prototypes(site: Site, request: TrainRequest, part: TrainablePart) -> Arrays:
-    known = training_pairs(site.folder, part)
+    known = training_pairs(site.folder, part, site.settings.cohort.modality)
     raw_sums = raw_prototypes(
         part,
         known.pairs,
         patients=known.patients,
         labels=known.labels,
         texts=known.texts,
+        modalities=known.modalities,
         mechanism=prototypes_for(site, request.plan, width=part.encoder.width),
     )
     return _packed(site, request, raw_sums)

@@ -29,6 +29,7 @@ from strategies.messages import (
 )
 from strategies.share import released
 from strategies.wire import size_of
+from tasks.concepts import unknown_names
 
 Rules = dict[str, tuple[bool, str]]
 
@@ -78,7 +79,9 @@ def foreseen(site: Site, request: TrainRequest) -> list[Refused]:
     if request.phase == "train":
         return [*found, *(_broken(_draws(site, plan)) if plan.privacy == "dp" else ())]
     beside = {"prototypes": plan.prototypes, "losses": plan.losses, "centre": plan.centre}[request.phase]
-    return [*found, *(_broken(_noise(site, beside.noise_multiplier)) if beside is not None else ())]
+    if beside is None or plan.privacy == "none":
+        return found
+    return [*found, *_broken(_noise(site, beside.noise_multiplier))]
 
 
 def _code(site: Site) -> Rules:
@@ -154,6 +157,8 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
     """What no policy can allow: the claim would be wrong, or nobody built it."""
     plan = request.plan
     private = plan.privacy == "dp"
+    asked_concepts = () if plan.prototypes is None else plan.prototypes.concepts
+    sent_concepts = () if request.prototypes is None else request.prototypes.concepts
     return {
         "in-batch negatives couple patients: no epsilon can be claimed; use the anchored objective": (
             private and plan.objective not in MECHANISMS
@@ -173,6 +178,9 @@ def _demands(request: TrainRequest) -> dict[str, bool]:
         "a plan with privacy names an epsilon": private and plan.epsilon is None,
         "prototypes are asked for, and the plan names none for this round": (
             request.phase == "prototypes" and not plan.releases_prototypes(request.server_round)
+        ),
+        "prototypes are of concepts that this code does not know: install the coordinator's version": bool(
+            unknown_names((*asked_concepts, *sent_concepts))
         ),
         "losses are released with privacy, or not at all": not private and plan.losses is not None,
         "a mean loss is asked for, and the plan names none": request.phase == "losses"
@@ -296,7 +304,7 @@ def prototypes_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRe
     """
     if plan.prototypes is None:
         raise Refused(RefusalCode.POLICY, "the plan names no prototypes")
-    return _sums_for(site, plan.prototypes, concepts=plan.prototypes.concepts, width=width)
+    return _sums_for(site, plan, plan.prototypes, concepts=plan.prototypes.concepts, width=width)
 
 
 def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeRelease:
@@ -307,13 +315,19 @@ def centre_for(site: Site, plan: TrainingPlan, *, width: int) -> PrototypeReleas
     """
     if plan.centre is None:
         raise Refused(RefusalCode.POLICY, "the plan names no centre")
-    return _sums_for(site, plan.centre, concepts=("image",), width=width)
+    return _sums_for(site, plan, plan.centre, concepts=("image",), width=width)
 
 
 def _sums_for(
-    site: Site, asked: PrototypePlan | CentrePlan, *, concepts: tuple[str, ...], width: int
+    site: Site,
+    plan: TrainingPlan,
+    asked: PrototypePlan | CentrePlan,
+    *,
+    concepts: tuple[str, ...],
+    width: int,
 ) -> PrototypeRelease:
-    _apply(_noise(site, asked.noise_multiplier))
+    if plan.privacy == "dp":
+        _apply(_noise(site, asked.noise_multiplier))
     return PrototypeRelease(
         concepts=concepts,
         dimension=width,

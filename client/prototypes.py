@@ -68,10 +68,11 @@ def raw_prototypes(
     patients: Rows,
     labels: Mapping[str, NDArray[np.float32]],
     texts: Sequence[str],
+    modalities: tuple[Modality, ...] = MODALITIES,
     mechanism: PrototypeRelease,
 ) -> Arrays:
     """The same sums without noise, for runs without privacy: no guarantee of any kind."""
-    raw_sums = _raw_sums(part, pairs, patients, labels, texts, MODALITIES, mechanism)
+    raw_sums = _raw_sums(part, pairs, patients, labels, texts, modalities, mechanism)
     return {PROTOTYPE_SUMS: raw_sums.astype(np.float32)}
 
 

@@ -124,19 +124,15 @@ def train_plainly(
         Trained minus given weights, float32, of what this round trains.
     """
     before = _begin(part, plan, server_round)
-    pairs, shares = data.pairs, data.positives
+    pairs = data.pairs
+    shares = plan.soft_targets if data.positives is None else data.positives
     steps = plain_steps(plan, pairs=len(pairs))
     optimizer, schedule = _optimizer(
         part, plan, server_round=server_round, steps=steps, correction=correction, kept=kept
     )
     public = None
-    if shares is not None or plan.soft_targets is not None:
-        public = PublicBank(
-            texts=anchors.texts,
-            shares=shares,
-            soft_targets=plan.soft_targets or 1.0,
-            prototypes=anchors.vectors,
-        )
+    if shares is not None:
+        public = PublicBank(texts=anchors.texts, shares=shares, prototypes=anchors.vectors)
     fit_infonce(
         part,
         pairs,

@@ -24,7 +24,7 @@ ASKED: dict[Phase, str] = {
 IN_THE_RUN = {
     "parts": "change share.part",
     "objectives": "change objective.name",
-    "prototypes": "leave out the tables [prototypes] and [centre]",
+    "prototypes": "leave out the table [prototypes], and change share.part where that is image-head",
     "require-dp": "set privacy.mode to dp",
     "max-rounds": "lower training.rounds",
     "max-steps": "lower training.steps or epochs",
@@ -109,10 +109,18 @@ def _of_site(
     """Each refusal of one site, and in which phases."""
     found: dict[str, tuple[Refused, tuple[Phase, ...]]] = {}
     for phase in phases:
-        for refused in foreseen(site, replace(request, phase=phase)):
+        first = replace(request, phase=phase, server_round=_first_round(request.plan, phase))
+        for refused in foreseen(site, first):
             _, before = found.get(str(refused), (refused, ()))
             found[str(refused)] = refused, (*before, phase)
     return list(found.values())
+
+
+def _first_round(plan: TrainingPlan, phase: Phase) -> int:
+    """In which the phase is asked for the first time."""
+    if phase != "prototypes":
+        return 1
+    return next((each for each in range(1, plan.rounds + 1) if plan.releases_prototypes(each)), 1)
 
 
 def _requests(phases: Iterable[Phase]) -> str:

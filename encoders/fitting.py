@@ -54,21 +54,19 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicBank:
-    """Public texts and prototypes that images are told apart by, besides the texts of their batch.
+    """Public texts and all sites' prototypes, which images are told apart by besides their batch's texts.
 
     Where all texts of a site share what they are about, no batch of its own asks for that; these do.
 
     Attributes:
         texts: Inputs of one `TrainablePart`, one row a text, K of them.
         shares: How far pair i's own text says what public text k, or concept k - K, says, in [0, 1], float32,
-            shape (N, K + P); null: as `encoders.objectives.soft_targets` says.
-        soft_targets: The inverse temperature of these.
+            shape (N, K + P); or the inverse temperature of `encoders.objectives.soft_targets`.
         prototypes: Unit vectors of P concepts, of images and of texts, each (P, D); null: there are none.
     """
 
     texts: Tensor
-    shares: Tensor | None = None
-    soft_targets: float = 1.0
+    shares: Tensor | float
     prototypes: tuple[Tensor, Tensor] | None = None
 
 
@@ -110,9 +108,9 @@ def fit_infonce(
             if step % ANCHOR_REFRESH_STEPS == 0:
                 text_anchors, image_anchors = _encoded(public, part)
             shares = (
-                soft_targets(text_embeddings, text_anchors, inverse_temperature=public.soft_targets)
-                if public.shares is None
-                else public.shares[rows]
+                public.shares[rows]
+                if isinstance(public.shares, Tensor)
+                else soft_targets(text_embeddings, text_anchors, inverse_temperature=public.shares)
             )
             for embeddings, anchors in ((image_embeddings, text_anchors), (text_embeddings, image_anchors)):
                 if anchors is None:

@@ -168,11 +168,11 @@ class Objective(Settings):
 
 
 class Prototypes(Settings):
-    """Mean directions of concepts that the sites release in every round, beside their updates.
+    """Mean directions of concepts that the sites release, beside their updates, in some rounds or in all.
 
     The sites' noisy sums are added up; where enough patients stand behind a concept, its direction joins the
-    anchors of all sites, as negatives from other hospitals; elsewhere its prompts do. With soft-positives a
-    pair is also drawn to the prototypes of what its own report says.
+    anchors of all sites, as negatives from other hospitals; elsewhere a finding's prompts do, and a view is
+    left out. With soft-positives a pair is also drawn to the prototypes of what it states itself.
 
     Attributes:
         findings: Each is two concepts, there and ruled out. A site reads them in its label columns or, with
@@ -187,7 +187,7 @@ class Prototypes(Settings):
             concept of the findings and one of each kind of views.
         every: They are released in round 1 and every so many rounds; the rounds between train with the last.
         least_cosine: Of a direction with the one that it would be without noise.
-        least_patients: Smallest noisy count of a concept that is used.
+        least_patients: Smallest noisy count, rounded, of a concept that is used.
     """
 
     findings: tuple[str, ...] = tuple(PROMPTS)

@@ -32,7 +32,7 @@ class Start:
         bundle: What every site must hold.
         arrays: The trainable weights of round 0.
         public_start: They were trained on public data.
-        prototypes: How prototypes are made in every round; null: there are none.
+        prototypes: How prototypes are made; null: there are none.
     """
 
     bundle: PublicBundle

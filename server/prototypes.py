@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from privacy.banks import PrototypeBank
 from privacy.noisy_sums import MODALITIES, NoisySums
 from server.sums import SiteSum
-from strategies.files import sync
+from strategies.files import sync, write_bytes
 from strategies.messages import PROTOTYPE_SUMS, Arrays, PrototypePlan
 from tasks.concepts import Concept, FindingConcept, named_concepts
 
@@ -30,19 +30,19 @@ class Prototypes:
         width: D of the embeddings.
         least_cosine: A direction is used where noise should leave it such a cosine with the one without
             noise; elsewhere a finding's prompts stand in, and a view is left out.
-        least_patients: And where its noisy count is so large.
+        least_patients: And where its noisy count, rounded, is so large.
         embed: Unit directions (K, D) of the concepts' prompts under given weights.
         private: Whether the sites add noise.
-        shares_weights: Weights travel beside them. Without, every round needs a direction for every concept,
+        shares_weights: Weights travel beside them. Without, every round needs a direction for every finding,
             and takes the prompts where nobody has released one: in the first round, of all.
     """
 
     plan: PrototypePlan
     width: int
     least_cosine: float
-    least_patients: int = 1
+    least_patients: int
     embed: EmbedConcepts
-    private: bool = True
+    private: bool
     shares_weights: bool = True
 
     @property
@@ -79,11 +79,7 @@ class PrototypeSum(SiteSum):
     def bank(self, arrays: Arrays) -> PrototypeBank | None:
         """The prototypes for sites that train on from these weights; null: of no concept there is one."""
         prototypes, sums, least = self._prototypes, self.sums(), self._least
-        kept = [
-            number
-            for number, concept in enumerate(prototypes.concepts)
-            if isinstance(concept, FindingConcept) or sums.counts[:, number].min() >= least
-        ]
+        kept = self._kept()
         if not kept:
             return None
         concepts = tuple(prototypes.concepts[number] for number in kept)
@@ -94,20 +90,29 @@ class PrototypeSum(SiteSum):
             wordings=[concept.prompts for concept in concepts],
         )
 
+    def _kept(self) -> list[int]:
+        """Numbers of the concepts that there is something to say of."""
+        counts, least = self.sums().counts, self._least
+        return [
+            number
+            for number, concept in enumerate(self._prototypes.concepts)
+            if isinstance(concept, FindingConcept) or counts[:, number].min() >= least
+        ]
+
     @property
     def _least(self) -> float:
         prototypes = self._prototypes
         least = least_count(self.sums(), least_cosine=prototypes.least_cosine)
-        return max(least, prototypes.least_patients)
+        return max(least, prototypes.least_patients - 0.5)  # an exact sum is short of it by its last digits
 
     def facts(self) -> Mapping[str, Any]:
         """What the run's events say: noisy counts are public, as the sums are."""
-        sums, least = self.sums(), self._least
+        sums, least, kept = self.sums(), self._least, self._kept()
         return {
             "sites": self.sites,
             "concepts": len(sums.concepts),
             "used": {
-                name: int((row >= least).sum()) if self.sites else 0  # nobody released: prompts alone
+                name: int((row[kept] >= least).sum()) if self.sites else 0  # nobody released: prompts alone
                 for name, row in zip(MODALITIES, sums.counts, strict=True)
             },
             "least_count": least,
@@ -132,6 +137,12 @@ def keep(bank: PrototypeBank, path: Path) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def keep_none(path: Path) -> None:
+    """Write down that there are none; the folder is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, b"")
 
 
 def least_count(sums: NoisySums, *, least_cosine: float) -> float:

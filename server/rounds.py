@@ -23,7 +23,7 @@ from server.improvement import Improvement
 from server.late import LATE_FOLDER, LateReleases
 from server.losses import LIKE, MeanLosses
 from server.metrics import RunLog
-from server.prototypes import PROTOTYPES_FOLDER, PrototypeSum, keep
+from server.prototypes import PROTOTYPES_FOLDER, PrototypeSum, keep, keep_none
 from server.registry import REGISTRY_FILE, Registry
 from server.roster import Roster, Site
 from server.secure_exchange import SUMS_FOLDER, SecureExchange
@@ -263,7 +263,7 @@ class _Run:
         path = self._prototype_file(made_in)
         if path.is_file():
             return PrototypeBank.load(path)
-        if made_in < server_round:
+        if made_in < server_round or _without(path).is_file():
             return None
         total, alone = PrototypeSum(prototypes), not prototypes.shares_weights
         if not alone or server_round > 1:
@@ -271,9 +271,14 @@ class _Run:
             question = Question(request=request, folding=total, like=total.like)
             outcome = (self._secure or self._exchange).round(question, sites)
             if not outcome.replied and not alone:  # each site's refusal is in the log
-                return outcome if outcome.reason else None
+                if outcome.reason:
+                    return outcome
+                keep_none(_without(path))
+                return None
         bank = total.bank(base)
-        if bank is not None:
+        if bank is None:
+            keep_none(_without(path))
+        else:
             keep(bank, path)
         self._log.record("prototypes_made", round=server_round, **total.facts())
         return bank
@@ -312,9 +317,9 @@ class _Run:
         """Who alone can be asked for the secure sum that is due; null: anybody."""
         if self._secure is None:
             return None
-        due = self._federation.plan().releases_prototypes(server_round) and not (
-            self._prototype_file(server_round).is_file()
-        )
+        path = self._prototype_file(server_round)
+        made = path.is_file() or _without(path).is_file()
+        due = self._federation.plan().releases_prototypes(server_round) and not made
         return self._secure.bound(server_round, "prototypes" if due else "train")
 
     def _prototype_file(self, server_round: int) -> Path:
@@ -434,6 +439,11 @@ def _strategy(federation: Federation, run_dir: Path, *, in_turn: bool) -> Strate
         step_length=training.learning_rate * training.steps,
         memory_bytes=SUM_BYTES if in_turn else 0,
     )
+
+
+def _without(path: Path) -> Path:
+    """Where it is kept that a round has no prototypes: asked again, it would be another round."""
+    return path.with_suffix(".none")
 
 
 def _too_few(server_round: int, outcome: Outcome, min_sites: int, *, attempts: int) -> str:

@@ -61,6 +61,8 @@ def start_folder(federation: Federation, cache: Path) -> Path:
             "objective": {"inverse_temperature", "anchors", "anchors_from"},
         },
     )
+    if federation.model.centre_texts or "views" in federation.anchor_sources:
+        relevant["views"] = view_sentences()
     if encoder.is_dir():  # a model trained on under the same name is another start
         files = sorted((path.name, path.stat()) for path in encoder.iterdir())
         relevant["encoder files"] = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
@@ -173,6 +175,8 @@ def prepared_start(federation: Federation, *, cache: Path) -> Prepared:
 def start_of(federation: Federation, prepared: Prepared) -> Start:
     """Round 0 of the federation from a prepared start, with the prototypes that its file names.
 
+    Where features are centred, the shift is the centre of the public anchors' images at first.
+
     Raises:
         RunError: the prototypes cannot be read, or are not of this model's width.
     """
@@ -187,7 +191,7 @@ def start_of(federation: Federation, prepared: Prepared) -> Start:
     arrays = part.arrays()
     if IMAGE_SHIFT in arrays:  # what is public of the centre; the sites release the way from there
         features, _ = part.inputs(bundle.anchor_images, [""])
-        arrays[IMAGE_SHIFT] = features.mean(0).numpy()
+        arrays[IMAGE_SHIFT] = features.mean(0).cpu().numpy()
     names = shared(arrays, federation.plan())
     return Start(
         bundle=bundle,

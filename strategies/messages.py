@@ -109,8 +109,8 @@ class PrototypePlan(Facts):
         max_norm: Bound on what a patient adds to all sums and counts together.
         count_weight: What a patient of one concept adds to its count, in the units of embeddings.
         every: They are released in round 1 and every so many rounds; the rounds between train with the last.
-        wire: How the sums travel. They lose nothing in bfloat16 that their noise left, and secure sums are
-            made of fp32.
+        wire: How the sums travel. In bfloat16 they lose nothing that their noise left, and without noise one
+            part in 256; secure sums are made of fp32.
     """
 
     concepts: tuple[Label, ...] = Field(min_length=1, max_length=4096)

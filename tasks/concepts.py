@@ -137,12 +137,20 @@ def named_concepts(names: Sequence[str]) -> tuple[Concept, ...]:
     return tuple(_views_by_name().get(name) or _finding(name) for name in names)
 
 
-def _finding(name: str) -> Concept:
+def unknown_names(names: Sequence[str]) -> list[str]:
+    """Those that name no concept here."""
+    return [name for name in names if name not in _views_by_name() and not _is_finding(name)]
+
+
+def _is_finding(name: str) -> bool:
     finding, _, side = name.rpartition(" ")
-    if not finding.strip() or side not in ("present", "absent"):
-        raise EvaluationError(
-            f"{name!r} names no concept: expected a view, or a finding and present or absent"
-        )
+    return bool(finding.strip()) and side in ("present", "absent")
+
+
+def _finding(name: str) -> Concept:
+    if not _is_finding(name):
+        raise EvaluationError(f"{name!r} names no concept: expected a view, or a finding and its side")
+    finding, _, side = name.rpartition(" ")
     return FindingConcept(finding=finding, present=side == "present")
 
 

@@ -90,9 +90,13 @@ def example_sentences(kind: ViewKind, term: str) -> tuple[str, ...]:
 
 
 def mentions(kind: ViewKind, term: str, texts: Sequence[str]) -> NDArray[np.bool_]:
-    """Which texts have the term, or another word for it, whatever its case. Shape (N,)."""
-    words = "|".join(map(re.escape, (term, *VIEWS[kind][term])))
-    pattern = re.compile(rf"\b(?:{words})\b", re.IGNORECASE)
+    """Which texts have the term, or another word for it, whatever its case. Shape (N,).
+
+    An abbreviation is all in capitals or all in small letters: "Mr" is nobody's MR.
+    """
+    words = [re.escape(word) for word in (term, *VIEWS[kind][term])]
+    either = "|".join(f"{word}|{word.lower()}" if word.isupper() else f"(?i:{word})" for word in words)
+    pattern = re.compile(rf"\b(?:{either})\b")
     return np.array([pattern.search(text) is not None for text in texts], dtype=bool)
 
 

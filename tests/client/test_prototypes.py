@@ -1,5 +1,6 @@
 """What a site releases as prototypes is the noised sum over its own patients, each of them bounded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,19 +8,20 @@ import pytest
 import torch
 
 from client.errors import Refused
-from client.policy import mechanism_for, prototypes_for
-from client.prototypes import release_prototypes
+from client.policy import check_plan, mechanism_for, prototypes_for
+from client.prototypes import raw_prototypes, release_prototypes
 from client.site import Site
 from encoders.fitting import Pairs
 from encoders.parts import Module, trainable_part
 from privacy.accounting import epsilon
+from privacy.banks import PrototypeBank
 from privacy.errors import UnsoundTraining
 from privacy.noise import GaussianNoise
 from privacy.noisy_sums import Modality
 from privacy.prototypes import PrototypeRelease
 from strategies.messages import PROTOTYPE_SUMS, PrototypePlan
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
-from tests.small_hospitals import EPSILON, ROUNDS, change_site, plan
+from tests.small_hospitals import EPSILON, ROUNDS, change_site, plan, request
 
 NAMES = ("effusion present", "effusion absent", "opacity present", "opacity absent")
 PART = trainable_part(micro_encoder(), "heads")
@@ -89,6 +91,46 @@ def test_a_sum_is_each_patients_mean_of_what_their_own_labels_state() -> None:
                 for side, vectors in enumerate((images, texts)):
                     expected[side, int(label == 0)] += np.append(vectors[row], 0.5) / len(own)
     assert sums(rows) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("text",), ("image", "text")])
+def test_raw_sums_of_views_go_by_each_rows_own_words_and_the_sides_that_are_there(
+    modalities: tuple[Modality, ...],
+) -> None:
+    texts = ["CT of the head.", "Clear lungs.", "MRI of the brain.", "CT of the lung."]
+    order = [2, 0, 3, 1]
+    pairs = Pairs.of(PART, random_images(len(texts), size=40), texts)
+    found = raw_prototypes(
+        PART,
+        Pairs(images=pairs.images[order], texts=pairs.texts[order], text_keys=pairs.text_keys[order]),
+        patients=np.array(order),
+        labels={},
+        texts=[texts[row] for row in order],
+        modalities=modalities,
+        mechanism=replace(mechanism(), concepts=("CT", "lung")),
+    )[PROTOTYPE_SUMS]
+    with torch.no_grad():
+        sides = [side.numpy() for side in PART.module(pairs.images, pairs.texts)]
+    for side, (name, vectors) in enumerate(zip(("image", "text"), sides, strict=True)):
+        expected = np.stack([vectors[[0, 3]].sum(0), vectors[[1, 3]].sum(0)])
+        assert found[side, :, :-1] == pytest.approx(expected if name in modalities else 0, abs=1e-4)
+        assert found[side, :, -1] == pytest.approx(1.0 if name in modalities else 0, abs=1e-4)
+
+
+def test_prototypes_are_refused_in_a_round_between_and_of_concepts_unknown_here(site: Site) -> None:
+    between = PLAN.model_copy(update={"every": 2})
+    made = request(server_round=2, prototypes=between)
+    with pytest.raises(Refused, match="the plan names none for this round"):
+        check_plan(site, replace(made, phase="prototypes"))
+    check_plan(site, made)
+    unknown = request(prototypes=PLAN.model_copy(update={"concepts": ("effusion perhaps",)}))
+    for phase in ("train", "prototypes"):
+        with pytest.raises(Refused, match="concepts that this code does not know"):
+            check_plan(site, replace(unknown, phase=phase))
+    unit = np.eye(1, 8, dtype=np.float32)
+    bank = PrototypeBank(concepts=("nobody's",), wordings=(("a",),), image=unit, text=unit)
+    with pytest.raises(Refused, match="concepts that this code does not know"):
+        check_plan(site, replace(request(prototypes=PLAN), prototypes=bank))
 
 
 def test_a_site_without_labels_takes_part_with_noise_alone() -> None:

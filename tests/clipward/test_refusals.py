@@ -1,5 +1,6 @@
 """What sites will refuse as often as they are asked is told before the first round, with site and remedy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,14 @@ def test_images_alone_take_part_in_prototypes_and_refuse_to_train(tmp_path: Path
     assert refusal.startswith("site north will refuse every request to train: cohort.modality is 'images'")
 
 
+def test_of_prototypes_alone_which_begin_in_the_second_round_nothing_is_said(
+    tmp_path: Path, start: Start
+) -> None:
+    alone = {"share": {"part": "prototypes"}, "prototypes": {"findings": ["effusion"]}}
+    start = replace(start, arrays={})
+    assert told(tmp_path, start, [site(tmp_path, "north", parts=["prototypes"])], **alone) == []
+
+
 @pytest.mark.parametrize("simulation", [{"table": "images.csv"}, {"cut": {"sites": 2}}])
 def test_of_sites_that_a_simulation_makes_its_own_file_is_the_remedy(
     simulation: dict[str, Any], tmp_path: Path, start: Start
@@ -94,7 +103,7 @@ def test_of_sites_that_a_simulation_makes_its_own_file_is_the_remedy(
     made = {**({"sites": None} if "table" in simulation else {}), **simulation}
     assert told(tmp_path, start, [strict], simulation=made) == [
         "site north will refuse every round: the run has 3 rounds, policy.max-rounds is 2: lower "
-        "training.rounds",
+        "training.rounds or raise max-rounds in [simulation.policy]",
         "site north will refuse every round: the run's epsilon 8.0 is above policy.epsilon-max 1.0: lower "
         "privacy.epsilon or raise epsilon-max in [simulation.policy]",
     ]

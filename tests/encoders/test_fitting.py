@@ -148,7 +148,7 @@ def test_images_are_asked_for_prototypes_of_texts_and_texts_for_those_of_images(
         inverse_temperature=5.0,
         augmented=False,
         rng=np.random.default_rng(0),
-        public=PublicBank(texts=public, soft_targets=10.0, prototypes=(units[0], units[1])),
+        public=PublicBank(texts=public, shares=10.0, prototypes=(units[0], units[1])),
     )
     for value, first, gradient in zip(weights, before, expected, strict=True):
         moved = gradient * min(1.0, LARGEST_GRADIENT / float(length))

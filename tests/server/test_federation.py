@@ -325,6 +325,8 @@ def test_a_share_of_which_nothing_is_left_is_refused(share: dict[str, Any], mess
     [
         ({"prototypes": None}, r"needs a table \[prototypes\]"),
         ({"training": {"rounds": 1}}, "needs training.rounds of at least 2"),
+        ({"prototypes": {"every": 2}}, "needs prototypes.every = 1"),
+        ({"objective": {"soft-targets": 10.0}}, "needs no objective.soft-targets"),
         ({"strategy": {"name": "fedadam"}}, "needs strategy.name = 'fedavg'"),
         ({"strategy": {"late": "stale"}}, "needs strategy.late = 'drop'"),
         ({"evaluation": {"stop-after": 1}, "simulation": {"sites": "."}}, "needs evaluation.stop-after = 0"),
@@ -356,6 +358,15 @@ def test_prototypes_are_anchors_and_need_an_objective_that_has_some() -> None:
         Federation.parse({**document, "objective": {"name": "infonce"}}, source="test")
     soft = {**document, "objective": {"name": "infonce", "soft-positives": 0.4}}
     assert Federation.parse(soft, source="test").plan().prototypes is not None
+
+
+def test_targets_are_soft_by_words_or_by_embeddings() -> None:
+    document = {"version": 1, "name": "a", "privacy": {"epsilon": 8.0}}
+    both = {**document, "objective": {"soft-positives": 0.4, "soft-targets": 10.0}}
+    with pytest.raises(SettingsError, match="soft-positives go by words, soft-targets by embeddings"):
+        Federation.parse(both, source="test")
+    soft = Federation.parse({**document, "objective": {"soft-targets": 10.0}}, source="test").plan()
+    assert (soft.soft_targets, soft.soft_positives) == (10.0, None)
 
 
 def test_concepts_of_prototypes_are_findings_and_views_each_once() -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from client import answers
 from client.prototypes import release_prototypes
+from client.workbench import training_pairs
 from privacy.banks import PrototypeBank
 from server.prototypes import PROTOTYPES_FOLDER, Prototypes, PrototypeSum, least_count
+from server.start import part_of
 from strategies.messages import PROTOTYPE_SUMS, Arrays, MessageError, PrototypePlan
-from tasks.concepts import Concept
+from tasks.concepts import Concept, Studies, members, named_concepts
 from tests.server.runs import Run, heard
 from tests.small_hospitals import EPSILON, ROUNDS, SITES, change_site, without_claim
 
@@ -32,7 +35,9 @@ def prompts(arrays: Arrays, concepts: tuple[Concept, ...]) -> np.ndarray:
 
 
 def prototypes(*, least_cosine: float = 0.5) -> Prototypes:
-    return Prototypes(plan=PLAN, width=WIDTH, least_cosine=least_cosine, embed=prompts)
+    return Prototypes(
+        plan=PLAN, width=WIDTH, least_cosine=least_cosine, least_patients=1, embed=prompts, private=True
+    )
 
 
 def released(*rows: tuple[int, int, float]) -> Arrays:
@@ -98,12 +103,14 @@ def test_a_view_that_too_few_have_is_left_out_and_without_any_there_is_no_bank()
     assert bank_of(total).concepts == ("CT", "effusion present")
     assert bank_of(total).image[0] == pytest.approx(np.eye(WIDTH)[-1])
     assert bank_of(total).wordings[0][0] == "CT of the head."
+    assert total.facts()["used"] == {"image": 1, "text": 1}  # of the finding both are its prompts
     assert of_views("axial", "CT", "brain", "head").bank({}) is None
 
 
 def test_without_privacy_there_is_no_noise_to_mind_and_the_least_number_of_patients_decides() -> None:
     total = of_views("axial", "CT", "PA", "head", least_patients=5, private=False)
-    total.fold("a", released((0, 0, 5.0), (1, 0, 5.0), (0, 1, 4.0), (1, 1, 4.0)), weight=1.0)
+    five = 5.0 - 1e-6  # a patient's sum is rounded towards zero
+    total.fold("a", released((0, 0, five), (1, 0, five), (0, 1, 4.0), (1, 1, 4.0)), weight=1.0)
     assert total.sums().noise_std == 0
     assert bank_of(total).concepts == ("axial",)
     assert total.facts()["used"] == {"image": 1, "text": 1}
@@ -191,8 +198,51 @@ def test_without_privacy_the_sums_are_as_they_are(hospitals: Path, monkeypatch: 
     assert len(trained) == SITES
     bank = trained[0].prototypes
     assert bank is not None
-    assert {"effusion present", "lung"} <= set(bank.concepts)
+    assert "effusion present" in bank.concepts
     assert run.charges("site-1") == []
+    part = part_of(run.settings, run.prepared.bundle)
+    sums = 0
+    for number in range(1, SITES + 1):
+        known = training_pairs(run.site(f"site-{number}").folder, part)
+        with torch.no_grad():
+            embedded = part.module.embed_texts(known.pairs.texts).numpy()
+        there = members(named_concepts(("lung",)), Studies(known.labels, known.texts))[:, 0]
+        for patient in np.unique(known.patients):
+            own = known.patients == patient
+            sums = sums + (embedded[own] * there[own, None]).mean(0)
+    found = bank.text[bank.concepts.index("lung")]
+    assert found @ (sums / np.linalg.norm(sums)) > 0.999
+
+
+def test_a_round_without_prototypes_stays_one_however_often_it_is_asked_for(
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them it would be another request: those who had trained would train, and pay, again."""
+    run = Run(
+        hospitals,
+        prototypes={"findings": [], "views": ["regions"], "noise-multiplier": 2.0, "least-patients": 10**6},
+        strategy={"min-sites": SITES, "round-retries": 1},
+        training={"rounds": 1},
+    )
+    answer, failed = answers.answer_train, list[str]()
+
+    def failing_once(site: Any, request: Any) -> Any:
+        if site.name == "site-3" and request.phase == "train" and not failed:
+            failed.append(site.name)
+            raise RuntimeError("the disk is on fire")
+        return answer(site, request)
+
+    monkeypatch.setattr("client.app.answer_request", failing_once)
+    run.go()
+    assert len(run.events("prototypes_made")) == 1
+    assert len(run.events("round_repeated")) == 1
+    assert run.charges("site-1") == [("prototypes", "released"), ("anchored", "released")]
+
+
+def test_the_files_least_number_of_patients_is_the_runs(hospitals: Path) -> None:
+    run = Run(hospitals, prototypes={**TABLE, "least-patients": 7})
+    assert run.start.prototypes is not None
+    assert run.start.prototypes.least_patients == 7
 
 
 def test_the_sites_are_given_the_prototypes_of_their_round(
