@@ -135,11 +135,14 @@ def test_with_and_without_privacy_each_has_the_objective_that_may_be_trained(tmp
     assert {arm.federation.training.epochs for arm in made} == {None}
 
 
-def test_prototypes_are_the_federations_alone_and_only_with_privacy(tmp_path: Path) -> None:
+def test_prototypes_are_the_federations_alone_and_only_where_there_are_anchors(tmp_path: Path) -> None:
     rest = ["pooled", "site-1 alone"]
     assert names_of(tmp_path, prototypes="on,off") == ["federation", "federation, prototypes", *rest]
     assert names_of(tmp_path, prototypes="off") == ["federation", *rest]
     assert names_of(tmp_path, prototypes="on", privacy="none") == ["federation", *rest]
+    soft = federation(tmp_path, **PROTOTYPES, objective={"soft-targets": 10.0})
+    arms = arms_of(soft, Asked.parse(prototypes="on", privacy="none"), NAMES[:1])
+    assert [arm.name for arm in arms] == ["federation, prototypes", *rest]
     with pytest.raises(SettingsError, match=r"small has no \[prototypes\] table: add one"):
         arms_of(federation(tmp_path), Asked.parse(prototypes="on"), NAMES)
 

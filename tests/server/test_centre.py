@@ -127,6 +127,15 @@ def test_a_run_pays_once_for_its_centre_and_all_of_it_is_the_runs_epsilon(
     assert not np.array_equal(after["visual_projection.weight"], run.start.arrays["visual_projection.weight"])
 
 
+def test_a_run_starts_at_the_centre_of_the_public_anchors_images(hospitals: Path) -> None:
+    run = CentredRun(hospitals)
+    features = part_of(run.settings, run.prepared.bundle).encoder.image_features(
+        run.prepared.bundle.anchor_images
+    )
+    assert run.start.arrays[IMAGE_SHIFT] == pytest.approx(features.numpy().mean(0), abs=1e-5)
+    assert np.abs(run.start.arrays[IMAGE_SHIFT]).max() > 0.1
+
+
 def test_the_centre_is_near_the_mean_of_all_patients_features(hospitals: Path) -> None:
     run = CentredRun(hospitals, training={"rounds": 1})
     run.go()

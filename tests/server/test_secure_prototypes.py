@@ -89,6 +89,14 @@ def test_the_sum_is_that_of_the_stored_releases(four: Path, folded: Folded) -> N
     ]
 
 
+def test_a_round_between_is_one_sum_and_uses_the_prototypes_of_before(four: Path) -> None:
+    run = run_of(four, prototypes={**TABLE, "every": 2}, training={"rounds": 3})
+    run.go()
+    assert [(event["round"], event["phase"]) for event in run.events("sum_made")] == [
+        (1, "prototypes"), (1, "train"), (2, "train"), (3, "prototypes"), (3, "train"),
+    ]  # fmt: skip
+
+
 def test_the_bank_is_the_one_that_the_same_releases_make_in_the_clear(four: Path) -> None:
     run = run_of(four)
     run.go()
