@@ -231,16 +231,7 @@ def _prototypes(
     site: Site, request: TrainRequest, part: TrainablePart, mechanism: PrototypeRelease, noise: GaussianNoise
 ) -> Arrays:
     known = training_pairs(site.folder, part, site.settings.cohort.modality)
-    released = release_prototypes(
-        part,
-        known.pairs,
-        patients=known.patients,
-        labels=known.labels,
-        texts=known.texts,
-        modalities=known.modalities,
-        mechanism=mechanism,
-        noise=noise,
-    )
+    released = release_prototypes(part, known, mechanism=mechanism, noise=noise)
     return _packed(site, request, released)
 
 
@@ -344,11 +335,7 @@ def _raw_prototypes(site: Site, request: TrainRequest, part: TrainablePart) -> A
     known = training_pairs(site.folder, part, site.settings.cohort.modality)
     raw_sums = raw_prototypes(
         part,
-        known.pairs,
-        patients=known.patients,
-        labels=known.labels,
-        texts=known.texts,
-        modalities=known.modalities,
+        known,
         mechanism=prototypes_for(site, request.plan, width=part.encoder.width),
     )
     return _packed(site, request, raw_sums)

@@ -1,16 +1,15 @@
 """Prototypes of a site's training patients: sums of embeddings by concept, noised before they leave."""
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import Rows, made_up_pairs
+from client.batches import made_up_pairs
+from client.workbench import TrainingPairs
 from encoders.fitting import Pairs
 from encoders.parts import TrainablePart
 from privacy.noise import GaussianNoise
-from privacy.noisy_sums import MODALITIES, Modality
+from privacy.noisy_sums import Modality
 from privacy.probes import refuse_mixed_rows
 from privacy.prototypes import PrototypeRelease, RawRows
 from strategies.messages import PROTOTYPE_SUMS, Arrays
@@ -21,15 +20,7 @@ PROBE_ROWS = 6
 
 
 def release_prototypes(
-    part: TrainablePart,
-    pairs: Pairs,
-    *,
-    patients: Rows,
-    labels: Mapping[str, NDArray[np.float32]],
-    texts: Sequence[str],
-    modalities: tuple[Modality, ...] = MODALITIES,
-    mechanism: PrototypeRelease,
-    noise: GaussianNoise,
+    part: TrainablePart, known: TrainingPairs, *, mechanism: PrototypeRelease, noise: GaussianNoise
 ) -> Arrays:
     """Release sums and counts of all training patients, once.
 
@@ -40,11 +31,7 @@ def release_prototypes(
 
     Args:
         part: Has the round's weights in it.
-        pairs: N training pairs.
-        patients: Patient number of each pair, shape (N,).
-        labels: By finding, 1 there, 0 ruled out, else unknown, shape (N,); findings may lack.
-        texts: N reports.
-        modalities: Those that the site has; of the other its release is noise alone.
+        known: The site's training pairs; of a side that is not there the release is noise alone.
         mechanism: Bound, noise and concepts.
         noise: Its source, of this release alone.
 
@@ -55,42 +42,25 @@ def release_prototypes(
         UnsoundTraining: the module embeds a row by other rows too; no patient's pair was looked at.
     """
     part.module.eval()
-    made_up = made_up_pairs(part, like=pairs, rows=PROBE_ROWS)
+    made_up = made_up_pairs(part, like=known.pairs, rows=PROBE_ROWS)
     refuse_mixed_rows(part.module, (made_up.images, part.trimmed(made_up.texts)))
-    raw_sums = _raw_sums(part, pairs, patients, labels, texts, modalities, mechanism)
-    return {PROTOTYPE_SUMS: mechanism.release(raw_sums, noise).values}
+    return {PROTOTYPE_SUMS: mechanism.release(_raw_sums(part, known, mechanism), noise).values}
 
 
-def raw_prototypes(
-    part: TrainablePart,
-    pairs: Pairs,
-    *,
-    patients: Rows,
-    labels: Mapping[str, NDArray[np.float32]],
-    texts: Sequence[str],
-    modalities: tuple[Modality, ...] = MODALITIES,
-    mechanism: PrototypeRelease,
-) -> Arrays:
+def raw_prototypes(part: TrainablePart, known: TrainingPairs, *, mechanism: PrototypeRelease) -> Arrays:
     """The same sums without noise, for runs without privacy: no guarantee of any kind."""
-    raw_sums = _raw_sums(part, pairs, patients, labels, texts, modalities, mechanism)
-    return {PROTOTYPE_SUMS: raw_sums.astype(np.float32)}
+    return {PROTOTYPE_SUMS: _raw_sums(part, known, mechanism).astype(np.float32)}
 
 
-def _raw_sums(
-    part: TrainablePart,
-    pairs: Pairs,
-    patients: Rows,
-    labels: Mapping[str, NDArray[np.float32]],
-    texts: Sequence[str],
-    modalities: tuple[Modality, ...],
-    mechanism: PrototypeRelease,
-) -> NDArray[np.float64]:
-    stated = members(named_concepts(mechanism.concepts), Studies(labels, texts))
+def _raw_sums(part: TrainablePart, known: TrainingPairs, mechanism: PrototypeRelease) -> NDArray[np.float64]:
+    stated = members(named_concepts(mechanism.concepts), Studies(known.labels, known.texts))
     raw: dict[Modality, RawRows] = {
         modality: RawRows(
-            patients=patients, embeddings=_raw_embeddings(part, pairs, modality), members=stated
+            patients=known.patients,
+            embeddings=_raw_embeddings(part, known.pairs, modality),
+            members=stated,
         )
-        for modality in modalities
+        for modality in known.modalities
     }
     return mechanism.clipped_sum(raw)
 

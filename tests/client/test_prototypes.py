@@ -11,13 +11,14 @@ from client.errors import Refused
 from client.policy import check_plan, mechanism_for, prototypes_for
 from client.prototypes import raw_prototypes, release_prototypes
 from client.site import Site
+from client.workbench import TrainingPairs
 from encoders.fitting import Pairs
 from encoders.parts import Module, trainable_part
 from privacy.accounting import epsilon
 from privacy.banks import PrototypeBank
 from privacy.errors import UnsoundTraining
 from privacy.noise import GaussianNoise
-from privacy.noisy_sums import Modality
+from privacy.noisy_sums import MODALITIES, Modality
 from privacy.prototypes import PrototypeRelease
 from strategies.messages import PROTOTYPE_SUMS, PrototypePlan
 from tests.encoders.micro import TEXTS, micro_encoder, random_images
@@ -28,6 +29,7 @@ PART = trainable_part(micro_encoder(), "heads")
 PAIRS = Pairs.of(PART, random_images(len(TEXTS), size=40), list(TEXTS))
 PATIENTS = np.arange(len(TEXTS)) // 2
 LABELS = {"effusion": np.resize(np.array([1, 0, np.nan], np.float32), len(TEXTS))}
+KNOWN = TrainingPairs(pairs=PAIRS, modalities=MODALITIES, texts=list(TEXTS), patients=PATIENTS, labels=LABELS)
 PLAN = PrototypePlan(concepts=NAMES, noise_multiplier=3.0, max_norm=2.0, count_weight=0.5)
 
 
@@ -44,15 +46,14 @@ def mechanism(noise_multiplier: float = 1e-6) -> PrototypeRelease:
 def sums(rows: list[int]) -> np.ndarray:
     picked = torch.tensor(rows)
     pairs = Pairs(images=PAIRS.images[picked], texts=PAIRS.texts[picked], text_keys=PAIRS.text_keys[picked])
-    update = release_prototypes(
-        PART,
-        pairs,
+    known = TrainingPairs(
+        pairs=pairs,
+        modalities=MODALITIES,
+        texts=[TEXTS[row] for row in rows],
         patients=PATIENTS[rows],
         labels={name: values[rows] for name, values in LABELS.items()},
-        texts=[TEXTS[row] for row in rows],
-        mechanism=mechanism(),
-        noise=GaussianNoise(insecure_seed=0),
     )
+    update = release_prototypes(PART, known, mechanism=mechanism(), noise=GaussianNoise(insecure_seed=0))
     assert set(update) == {PROTOTYPE_SUMS}
     return update[PROTOTYPE_SUMS]
 
@@ -100,15 +101,16 @@ def test_raw_sums_of_views_go_by_each_rows_own_words_and_the_sides_that_are_ther
     texts = ["CT of the head.", "Clear lungs.", "MRI of the brain.", "CT of the lung."]
     order = [2, 0, 3, 1]
     pairs = Pairs.of(PART, random_images(len(texts), size=40), texts)
-    found = raw_prototypes(
-        PART,
-        Pairs(images=pairs.images[order], texts=pairs.texts[order], text_keys=pairs.text_keys[order]),
+    known = TrainingPairs(
+        pairs=Pairs(images=pairs.images[order], texts=pairs.texts[order], text_keys=pairs.text_keys[order]),
+        modalities=modalities,
+        texts=[texts[row] for row in order],
         patients=np.array(order),
         labels={},
-        texts=[texts[row] for row in order],
-        modalities=modalities,
-        mechanism=replace(mechanism(), concepts=("CT", "lung")),
-    )[PROTOTYPE_SUMS]
+    )
+    found = raw_prototypes(PART, known, mechanism=replace(mechanism(), concepts=("CT", "lung")))[
+        PROTOTYPE_SUMS
+    ]
     with torch.no_grad():
         sides = [side.numpy() for side in PART.module(pairs.images, pairs.texts)]
     for side, (name, vectors) in enumerate(zip(("image", "text"), sides, strict=True)):
@@ -136,10 +138,7 @@ def test_prototypes_are_refused_in_a_round_between_and_of_concepts_unknown_here(
 def test_a_site_without_labels_takes_part_with_noise_alone() -> None:
     update = release_prototypes(
         PART,
-        PAIRS,
-        patients=PATIENTS,
-        labels={},
-        texts=TEXTS,
+        replace(KNOWN, labels={}),
         mechanism=mechanism(noise_multiplier=0.01),
         noise=GaussianNoise(insecure_seed=0),
     )
@@ -150,11 +149,7 @@ def test_a_site_without_labels_takes_part_with_noise_alone() -> None:
 def test_of_a_side_that_is_not_there_a_release_is_noise_alone(modality: Modality, absent: int) -> None:
     update = release_prototypes(
         PART,
-        PAIRS,
-        patients=PATIENTS,
-        labels=LABELS,
-        texts=TEXTS,
-        modalities=(modality,),
+        replace(KNOWN, modalities=(modality,)),
         mechanism=mechanism(),
         noise=GaussianNoise(insecure_seed=0),
     )[PROTOTYPE_SUMS]
