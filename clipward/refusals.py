@@ -136,17 +136,21 @@ def _told(federation: Federation, refusals: dict[str, Refused], *, asked: str) -
         sites=tuple(refusals),
         asked=asked,
         reason=f"{refused.reason} at {site}" if differ else refused.reason,
-        remedy=_remedy(federation, refused.rule, hospitals=len(refusals)),
+        remedy=_remedy(federation, refused.rule, sites=tuple(refusals)),
     )
 
 
-def _remedy(federation: Federation, rule: str | None, *, hospitals: int) -> str:
+def _remedy(federation: Federation, rule: str | None, *, sites: Sequence[str]) -> str:
     if rule is None:
         return ""
     simulation, verb = federation.simulation, _verb(rule)
-    theirs = f"have the hospital{'s' if hospitals > 1 else ''} {verb} policy.{rule}"
+    theirs = f"have the hospital{'s' if len(sites) > 1 else ''} {verb} policy.{rule}"
     if simulation is not None and (simulation.table is not None or simulation.changed):
-        table = IN_THE_SIMULATION.get(rule)  # every simulation writes the files of these sites anew
+        own = [
+            simulation.policies.get(site, SitePolicy()).model_dump(by_alias=True).get(rule) for site in sites
+        ]
+        # Every simulation writes the files of these sites anew, and what is said of one outweighs the rest.
+        table = "policies" if all(own) else IN_THE_SIMULATION.get(rule)
         theirs = f"{verb} {rule} in [simulation.{table}]" if table else ""
     return " or ".join(each for each in (IN_THE_RUN.get(rule, ""), theirs) if each)
 

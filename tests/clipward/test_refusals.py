@@ -109,6 +109,17 @@ def test_of_sites_that_a_simulation_makes_its_own_file_is_the_remedy(
     ]
 
 
+def test_a_site_with_a_rule_of_its_own_in_the_simulations_file_is_changed_there(
+    tmp_path: Path, start: Start
+) -> None:
+    strict = site(tmp_path, "site-1", epsilon_max=1.0)
+    cut = {"cut": {"sites": 2}, "policies": {"site-1": {"epsilon-max": 1.0}}}
+    assert told(tmp_path, start, [strict], simulation=cut) == [
+        "site site-1 will refuse every round: the run's epsilon 8.0 is above policy.epsilon-max 1.0: lower "
+        "privacy.epsilon or raise epsilon-max in [simulation.policies]"
+    ]
+
+
 def test_only_rules_have_a_remedy_in_the_run(tmp_path: Path) -> None:
     assert set(IN_THE_RUN) <= set(site(tmp_path, "north").settings.policy.model_dump(by_alias=True))
 
