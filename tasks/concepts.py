@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tasks.embeddings import EmbeddingArray, EvaluationError, checked_embeddings
 from tasks.prompts import prompts_for
-from tasks.views import VIEW_KINDS, VIEWS, ViewKind, example_sentences, mentions
+from tasks.views import VIEW_KINDS, VIEWS, ViewKind, capital, example_sentences, mentions
 from tasks.zero_shot import TextEncoder
 
 ConceptKind = Literal[ViewKind, "views"]  # of single words, or of a plane, a technique and a region together
@@ -89,7 +89,7 @@ class ViewConcept:
     def prompts(self) -> tuple[str, ...]:
         """Sentences with its terms."""
         if len(self.terms) > 1:
-            return (f"{self.name[0].upper()}{self.name[1:]}.",)
+            return (f"{capital(self.name)}.",)
         ((kind, term),) = self.terms
         return example_sentences(kind, term)
 

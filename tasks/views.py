@@ -68,7 +68,7 @@ def view_sentences() -> tuple[str, ...]:
     findings = [text for pair in PROMPTS.values() for text in pair.positive]
     pairs = list(product(VIEWS["regions"], VIEWS["techniques"]))
     return tuple(
-        f"{_capital(plane)} {technique} of the {region}: {finding[0].lower()}{finding[1:]}"
+        f"{capital(plane)} {technique} of the {region}: {finding[0].lower()}{finding[1:]}"
         for (region, technique), plane, finding in zip(
             pairs,
             islice(cycle(VIEWS["planes"]), len(pairs)),
@@ -82,11 +82,11 @@ def example_sentences(kind: ViewKind, term: str) -> tuple[str, ...]:
     """Short public sentences with a term, over the terms of another kind."""
     match kind:
         case "planes":
-            return tuple(f"{_capital(term)} {technique}." for technique in VIEWS["techniques"])
+            return tuple(f"{capital(term)} {technique}." for technique in VIEWS["techniques"])
         case "techniques":
-            return tuple(f"{_capital(term)} of the {region}." for region in VIEWS["regions"])
+            return tuple(f"{capital(term)} of the {region}." for region in VIEWS["regions"])
         case "regions":
-            return tuple(f"{_capital(technique)} of the {term}." for technique in VIEWS["techniques"])
+            return tuple(f"{capital(technique)} of the {term}." for technique in VIEWS["techniques"])
 
 
 def mentions(kind: ViewKind, term: str, texts: Sequence[str]) -> NDArray[np.bool_]:
@@ -100,5 +100,6 @@ def mentions(kind: ViewKind, term: str, texts: Sequence[str]) -> NDArray[np.bool
     return np.array([pattern.search(text) is not None for text in texts], dtype=bool)
 
 
-def _capital(words: str) -> str:
+def capital(words: str) -> str:
+    """The words as a sentence begins with them."""
     return words[0].upper() + words[1:]
